@@ -1,0 +1,120 @@
+"""What the ordinary torch devices share: torch.distributed, DDP, autocast. A device is four names, see `cpu.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rqvae.backends.interfaces import Movable, Precision, ReduceOp
+
+T = TypeVar("T")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+
+
+class EagerBackend:
+    """A process of a cpu, cuda or hpu job. Joins the group that the launcher's environment describes.
+
+    Args:
+        precision: fp32, bf16 (autocast; weights fp32) or fp64.
+        threads: OpenMP threads of this process, 0 to leave torch's choice.
+        timeout: seconds after which a collective that a rank never joins is an error.
+    """
+
+    name: str
+    device_type: str
+    process_group: str
+
+    def __init__(self, precision: Precision = "fp32", threads: int = 0, timeout: float = 600.0) -> None:
+        self.precision: Precision = precision
+        self.dtype = _DTYPES[precision]
+        if threads:
+            torch.set_num_threads(threads)
+        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = self.choose_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if self.world_size > 1:
+            dist.init_process_group(self.process_group, timeout=datetime.timedelta(seconds=timeout))
+
+    def choose_device(self, local_rank: int) -> torch.device:
+        """This process's device."""
+        return torch.device(self.device_type, local_rank)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return module
+        ids = None if self.device_type == "cpu" else [self.device.index]
+        return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def feed(self, batches: Iterable[Movable]) -> Iterator[Any]:
+        for batch in batches:
+            yield batch.to(self.device, self.dtype)
+
+    def accumulate(self, module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        if sync or not isinstance(module, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return module.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def reduce(self, params: Sequence[nn.Parameter]) -> None:
+        """The last backward did it."""
+
+    def step(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], *, clip: float | None) -> Tensor:
+        if clip is None:
+            norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(params, clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def mark_step(self) -> None:
+        """Nothing: an eager device has no graph to end."""
+
+    def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
+        values = torch.stack([t.detach().double() for t in tensors.values()]).tolist() if tensors else []
+        fn(**dict(zip(tensors, values, strict=True)))
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
+        if self.world_size == 1:
+            return x.detach().clone()
+        x = x.detach().clone()
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        return x / self.world_size if op == "mean" else x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return x.detach()[None]
+        parts = [torch.empty_like(x) for _ in range(self.world_size)]
+        dist.all_gather(parts, x.detach().contiguous())
+        return torch.stack(parts)
+
+    def broadcast(self, value: T) -> T:
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def seed(self, number: int) -> None:
+        torch.manual_seed(number)
+
+    def close(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,96 @@
+"""The one door to hardware.
+
+cpu, cuda and hpu are ordinary torch devices and share `eager.py`; xla replaces launch, feed, reduce, step, mark_step,
+when_ready and the collectives. No other room names a device, a vendor package or `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+Precision = Literal["fp32", "bf16", "fp64"]
+ReduceOp = Literal["sum", "mean", "max"]
+
+
+class Movable(Protocol):
+    """A batch that moves itself."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Any: ...
+
+
+class Backend(Protocol):
+    """One process's view of its device and of the other processes."""
+
+    name: str
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Make the ranks' weights equal (rank 0's) and return the module whose backward averages gradients."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 compute where the precision asks for it; weights, EMA and optimizer state keep their type."""
+        ...
+
+    def feed(self, batches: Iterable[Movable]) -> Iterator[Any]:
+        """The batches, on the device, floating-point tensors in the run's type."""
+        ...
+
+    def accumulate(self, module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        """Around one micro-batch's forward and backward through a wrapped module: communicates only when `sync`.
+
+        A context, not an argument of backward: DDP decides in forward whether the next backward will communicate.
+        """
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to the parameters."""
+        ...
+
+    def reduce(self, params: Sequence[nn.Parameter]) -> None:
+        """Gradients are the global mean from here on. Nothing to do where the last backward did it."""
+        ...
+
+    def step(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], *, clip: float | None) -> Tensor:
+        """Clip (after reduce), update, clear the gradients; the gradient norm before clipping, on the device."""
+        ...
+
+    def mark_step(self) -> None:
+        """End of one graph; nothing on eager devices."""
+        ...
+
+    def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
+        """Call `fn` with the tensors' values as floats, without stalling the device."""
+        ...
+
+    def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
+        """A new tensor: `x` reduced over ranks. Not differentiable."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(world_size, ...) the ranks' tensors of one shape."""
+        ...
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value of a picklable object on every rank."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        ...
+
+    def seed(self, number: int) -> None:
+        """Seed what modules draw themselves (dropout)."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+        ...

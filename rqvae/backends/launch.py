@@ -1,0 +1,67 @@
+"""Starts a job's processes with torchrun's own agent, in this process, so that the exit code stays ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+def in_job() -> bool:
+    """Whether a launcher (ours, torchrun, SLURM with torchrun) started this process as a rank of a job."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> int:
+    """Run `python -m rqvae ARGUMENTS` as `world_size` processes on this host and wait for them.
+
+    A rank leaves the line that says why it failed in a file; the first one's is said here, once.
+
+    Returns:
+        0, or the exit code of the rank that failed first; 128 + signal after a signal that ended the job.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, (os.cpu_count() or 1) // world_size)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        # An explicit endpoint on a free port; a restart through --standalone can meet a stale store.
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RQVAE_ERROR_DIR"] = folder
+        try:
+            elastic_launch(config, sys.executable)("-m", "rqvae", *arguments)
+        except ChildFailedError as error:
+            return _report(error, Path(folder))
+        except SignalException as stop:
+            return 128 + int(stop.sigval)
+        finally:
+            del os.environ["RQVAE_ERROR_DIR"]
+    return 0
+
+
+def _report(error: ChildFailedError, folder: Path) -> int:
+    """Say why the first failing rank failed and return its code; torchrun reports a signal's death as a negative one."""
+    rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    words, code = folder / f"rank_{rank}", first.exitcode
+    if words.exists():
+        sys.stderr.write(f"error: {words.read_text()}\n")
+    elif code < 0:
+        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-code).name}\n")
+        return 3
+    return code

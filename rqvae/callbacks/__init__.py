@@ -1,0 +1,1 @@
+"""Observers, which watch a run, and interventions, which act on it."""

@@ -1,0 +1,77 @@
+"""What may watch a run (`Observer`: changes nothing) and what may act on it (`Intervention`: on every rank alike)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from rqvae.durations import Duration
+from rqvae.img_datasets.interfaces import LabeledImageData
+
+
+class ClockView(Protocol):
+    """The clock, to be read."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> float: ...
+    images: int
+    batch_size: int
+    total_steps: int
+
+    def due(self, every: Duration) -> bool: ...
+
+
+class UpdateView(Protocol):
+    """One optimizer and its module."""
+
+    name: str
+    module: nn.Module
+    params: list[nn.Parameter]
+
+
+class RunView(Protocol):
+    """What observers see of a run. Collective methods are called by every rank or by none."""
+
+    clock: ClockView
+    folder: Path
+    is_main: bool
+
+    def log_scalars(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add values to the row of the present step."""
+        ...
+
+    def log_picture(self, name: str, image_hwc: np.ndarray) -> None:
+        """Show a picture (H, W, 3) uint8; written by rank 0."""
+        ...
+
+
+class Observer:
+    """Watches. It may change nothing: a run with all observers and one with none end in the same weights, bit by bit."""
+
+    def on_fit_start(self, run: RunView) -> None:
+        """Before the first step of this process."""
+
+    def before_step(self, run: RunView, micros: list[LabeledImageData]) -> None:
+        """The batch is on the device."""
+
+    def after_backward(self, run: RunView, update: UpdateView) -> None:
+        """Gradients are reduced and not yet clipped."""
+
+    def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:
+        """The clock has ticked; `losses` holds this step's scalars of this rank, on the device."""
+
+    def on_fit_end(self, run: RunView) -> None:
+        """After the last step of this process, also on error."""
+
+
+class Intervention:
+    """Acts on weights or gradients; every rank takes the same decision, from reduced statistics."""
+
+    def before_update(self, run: RunView, update: UpdateView) -> None:
+        """Gradients are reduced and not yet clipped."""

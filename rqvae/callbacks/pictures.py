@@ -1,0 +1,37 @@
+"""Grids of reconstructions or samples while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rqvae.callbacks.interfaces import Observer, RunView
+from rqvae.durations import Duration
+
+
+@dataclass
+class Pictures(Observer):
+    """Shows `draw()` whenever `every` is due, made with the evaluated weights.
+
+    Args:
+        name: of the picture, for example `samples`.
+        every: how often.
+        weights: context in which the model computes with the evaluated weights (EMA).
+        draw: makes the picture (H, W, 3) uint8; called by every rank, so that sharded models can compute.
+    """
+
+    name: str
+    every: Duration
+    weights: Callable[[], AbstractContextManager[Any]]
+    draw: Callable[[], np.ndarray]
+
+    def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+        if run.clock.due(self.every):
+            with self.weights():
+                picture = self.draw()
+            run.log_picture(self.name, picture)

@@ -1,0 +1,222 @@
+"""The command line: the only place where results become text on a screen.
+
+Exit codes: 0 done, 1 a gate that was asked for failed, 2 bad input, 3 the run failed, 130/143 interrupted after a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rqvae.errors import BadInput, RunFailed
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train,
+        "recon": recon,
+        "collect": collect,
+        "demo-report": demo_report,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(f"usage: python -m rqvae {{{','.join(commands)}}} ... (COMMAND --help tells more)\n")
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in commands:
+        return _fail(f"unknown command {name}; expected one of {', '.join(commands)}", 2)
+    try:
+        return commands[name](rest)
+    except BadInput as error:
+        return _fail(str(error), 2)
+    except RunFailed as error:
+        return _fail(str(error), 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in _FULL:
+            traceback.print_exc()
+            return _fail(str(error), 3)
+        return _fail(f"{error.filename or 'the run'}: the disk is full; earlier checkpoints are untouched", 3)
+    except Exception as error:  # noqa: BLE001  (a defect of ours: shown whole, and the code says that the run failed)
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {error}", 3)
+
+
+def _fail(message: str, code: int) -> int:
+    """Say why, once: a rank of our launcher leaves the words to it."""
+    line = " ".join(message.split())
+    if folder := os.environ.get("RQVAE_ERROR_DIR"):
+        Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(line)
+    else:
+        sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are BadInput, and whose options may be spelt with _ or -."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise BadInput(f"{self.prog}: {message}")
+
+    def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """This command's own arguments, and the config overrides (`--train.steps 20`, `--train.steps=20`)."""
+        own: list[str] = []
+        overrides: list[str] = []
+        tokens = [t for t in arguments if t != "--"]
+        while tokens:
+            token = tokens.pop(0)
+            name, equals, value = token.partition("=")
+            known = name.replace("_", "-") if name.startswith("--") else name
+            if not name.startswith("--") or known in self._option_string_actions:
+                own.append(known + equals + value if name.startswith("--") else token)
+                action = self._option_string_actions.get(known)
+                if action is not None and action.nargs != 0 and not equals and tokens:
+                    own.append(tokens.pop(0))
+                continue
+            overrides.append(token)
+            if not equals and tokens and not tokens[0].startswith("--"):
+                overrides.append(tokens.pop(0))
+        return self.parse_args(own), overrides
+
+
+def _yes(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text}")
+    return text.lower() == "true"
+
+
+def _job_options(parser: _Parser) -> None:
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files, later ones over earlier ones")
+    parser.add_argument("--config", action="append", default=[], help="the same as CONFIG")
+    parser.add_argument("--save-dir", default="runs", metavar="SAVE_DIR", help="folder of all runs")
+    parser.add_argument("--run-name", metavar="RUN_NAME", help="name of the run; the first config's name by default")
+    parser.add_argument("--world-size", type=int, default=1, help="processes on this host")
+    parser.add_argument("--resume-ckpt", help="run or checkpoint folder to start from, with its full state")
+    parser.add_argument("--resume-wandb-id", help="Weights & Biases id to go on with")
+    parser.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+
+
+def _files(options: argparse.Namespace) -> list[str]:
+    return [*options.configs, *options.config]
+
+
+def _world_size(options: argparse.Namespace) -> int:
+    if options.world_size < 1:
+        raise BadInput(f"WORLD_SIZE: expected at least 1, got {options.world_size}")
+    return options.world_size
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train Stage1, or Stage2 where the config has a section `stage2`."""
+    parser = _Parser("rqvae train", description=train.__doc__)
+    _job_options(parser)
+    parser.add_argument("--project", default="rqvae", help="folder below SAVE_DIR and W&B project")
+    parser.add_argument("--fresh", action="store_true", help="start a new run, do not go on with an earlier one")
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="refuse a config of the other stage")
+    parser.add_argument("--do-online-eval", type=_yes, default=True, metavar="True|False", help="score while training")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    options, overrides = parser.split(arguments)
+
+    import yaml
+
+    from rqvae import backends
+    from rqvae.configuration import read
+    from rqvae.trainers.assembly import TrainingJob, TrainRequest, check
+    from rqvae.trainers.run_folder import RunPlace
+
+    if options.threads:
+        overrides += ["--train.threads", str(options.threads)]
+    configuration = read(_files(options), overrides)
+    if options.stage and options.stage != configuration.stage:
+        raise BadInput(f"{_files(options)[0]}: expected a config of stage {options.stage}, got stage {configuration.stage}")
+    if options.print_config:
+        sys.stdout.write(yaml.safe_dump(configuration.resolved, sort_keys=False))
+        return 0
+    world_size, backend_name = _world_size(options), backends.choose(options.backend)
+    name = options.run_name or Path(_files(options)[0]).stem
+    place = RunPlace(Path(options.save_dir), options.project, name)
+    if not backends.in_job():
+        check(configuration.instantiate("meta"), world_size)
+        place.check_writable()
+        if world_size > 1:
+            return backends.launch(["train", *arguments], world_size, threads=options.threads)
+    settings = configuration.resolved["train"]
+    backend = backends.create(backend_name, precision=settings["precision"], threads=settings["threads"])
+    try:
+        request = TrainRequest(
+            place, options.resume_ckpt, options.resume_wandb_id, options.fresh, options.do_online_eval
+        )
+        return TrainingJob(configuration.instantiate(), configuration.resolved, backend, request).execute()
+    finally:
+        backend.close()
+
+
+def recon(arguments: Sequence[str]) -> int:
+    """Reconstruct the test split: images, grids and scores under SAVE_DIR/RUN_NAME."""
+    parser = _Parser("rqvae recon", description=recon.__doc__)
+    _job_options(parser)
+    parser.add_argument("--ckpt", help="run or checkpoint folder")
+    options, overrides = parser.split(arguments)
+
+    from rqvae import backends
+    from rqvae.configuration import read
+    from rqvae.trainers.reconstruct import ReconRequest, check_request, reconstruct_split
+
+    configuration = read(_files(options), overrides, inference=True)
+    world_size, backend_name = _world_size(options), backends.choose(options.backend)
+    name = options.run_name or Path(_files(options)[0]).stem
+    request = ReconRequest(Path(options.save_dir) / name, options.ckpt, options.resume_ckpt)
+    if not backends.in_job():
+        check_request(configuration.instantiate("meta"), request)
+        if world_size > 1:
+            return backends.launch(["recon", *arguments], world_size, threads=options.threads)
+    backend = backends.create(backend_name, threads=options.threads)
+    try:
+        scores = reconstruct_split(configuration.instantiate(), backend, request)
+        if backend.rank == 0:
+            sys.stdout.write(f"{request.folder}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()) + "\n")
+    finally:
+        backend.close()
+    return 0
+
+
+def collect(arguments: Sequence[str]) -> int:
+    """Record game frames with a scripted policy."""
+    parser = _Parser("rqvae collect", description=collect.__doc__)
+    parser.add_argument("env", help="maze-chase")
+    parser.add_argument("--frames", type=int, default=20000)
+    parser.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    options = parser.parse_args(list(arguments))
+
+    from tqdm import tqdm
+
+    from rqvae.games.collect import collect as record
+
+    with tqdm(total=options.frames, desc=f"collect {options.env}", unit="frame") as bar:
+        meta = record(options.env, options.frames, options.size, options.out, seed=options.seed, progress=bar.update)
+    sys.stdout.write(f"{options.out}: {meta['frames']} frames in {meta['episodes']} episodes\n")
+    return 0
+
+
+def demo_report(arguments: Sequence[str]) -> int:
+    """Write the demo's page from what its steps left in ROOT."""
+    parser = _Parser("rqvae demo-report", description=demo_report.__doc__)
+    parser.add_argument("root", type=Path)
+    options = parser.parse_args(list(arguments))
+
+    from rqvae.reports.demo import write_demo_report
+
+    sys.stdout.write(f"{write_demo_report(options.root)}\n")
+    return 0

@@ -1,0 +1,196 @@
+"""From YAML files and command-line overrides to a typed run; every mistake becomes one line with its file and key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from rqvae.errors import BadInput
+from rqvae.randomness import fold
+from rqvae.run import AnyRun, Stage1Run, Stage2Run
+
+INFERENCE_SECTIONS = ("data", "stage1", "stage1_checkpoint", "connector", "stage2")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A checked config.
+
+    Args:
+        schema: Stage1Run or Stage2Run.
+        parsed: jsonargparse's namespace.
+        resolved: every key with its value, as written to config.yaml.
+        texts: the files' own content, to name the one that sets a key.
+    """
+
+    schema: type[Stage1Run] | type[Stage2Run]
+    parsed: Namespace
+    resolved: dict[str, Any]
+    texts: dict[str, dict[str, Any]]
+
+    @property
+    def stage(self) -> int:
+        """1 or 2."""
+        return self.schema.stage
+
+    def instantiate(self, device: str | None = None) -> AnyRun:
+        """Make the objects that the config names; models get their start weights from the run's seed.
+
+        Args:
+            device: `meta` makes models without memory, to look at shapes.
+        """
+        torch.manual_seed(fold(self.resolved["train"]["seed"], "weights"))
+        parser = _parser(self.schema)
+        try:
+            with torch.device(device or "cpu"):
+                return self.schema(**vars(parser.instantiate(self.parsed)))
+        except (ValueError, TypeError, ArgumentError) as error:
+            message = _one_line(str(error))
+            raise BadInput(f"{self._source(message.partition(':')[0])}: {message}") from error
+
+    def _source(self, key: str) -> str:
+        """The last file that sets `key`, or all files."""
+        for file, text in reversed(self.texts.items()):
+            node: Any = text
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                return file
+        return ", ".join(self.texts)
+
+
+def read(files: Sequence[str | Path], overrides: Sequence[str] = (), *, inference: bool = False) -> Configuration:
+    """Read, merge and check config files.
+
+    Args:
+        files: YAML files; later ones are merged deeply over earlier ones.
+        overrides: `--train.steps 20` and the like.
+        inference: keep only the sections that define dataset and model; others are ignored.
+
+    Raises:
+        BadInput: one line, `FILE: key: what was expected, what came; did you mean ...`.
+    """
+    if not files:
+        raise BadInput("CONFIG: expected at least one YAML file, got none")
+    texts = {str(file): _load(str(file)) for file in files}
+    if inference:
+        texts = {f: {k: v for k, v in text.items() if k in INFERENCE_SECTIONS} for f, text in texts.items()}
+    schema = Stage2Run if any("stage2" in text for text in texts.values()) else Stage1Run
+    try:
+        parsed = _parse(schema, list(texts.values()), overrides)
+    except ArgumentError as error:
+        raise BadInput(_explain(schema, texts, str(error))) from error
+    resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_none=False))
+    return Configuration(schema, parsed, resolved, texts)
+
+
+def _load(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{file}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else file
+        raise BadInput(f"{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{file}: expected a mapping of sections (data, stage1, ...), got {type(content).__name__}")
+    return content
+
+
+def _parser(schema: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(schema, None, sub_configs=False)
+    parser.add_argument("--config", action="config")
+    return parser
+
+
+def _parse(schema: type, texts: Sequence[dict[str, Any]], overrides: Sequence[str]) -> Namespace:
+    configs = [item for text in texts for item in ("--config", yaml.safe_dump(text))]
+    parsed = _parser(schema).parse_args([*configs, *overrides])
+    del parsed["config"]
+    return parsed
+
+
+def _explain(schema: type, texts: dict[str, dict[str, Any]], message: str) -> str:
+    """One line with the file that brings the error: the shortest list of files that fails in the same words."""
+    source, files = "command line", list(texts)
+    for k in range(1, len(files) + 1):
+        try:
+            _parse(schema, [texts[f] for f in files[:k]], [])
+        except ArgumentError as error:
+            if str(error) == message:
+                source = files[k - 1]
+                break
+    return f"{source}: {_one_line(message)}{_names_near(schema, message)}"
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message without its stack of types: the key, and the innermost reason."""
+    text = " ".join(message.split())
+    text = re.sub(r"^Parser key \"([\w.\[\]]+)\":? ?", r"\1: ", text)
+    text = re.sub(r"Problem with given class_path '([\w.]+)': ", r"\1: ", text)
+    text = re.sub(r"Does not validate against any of the Union subtypes.*? Errors: - [\w.]+: (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
+    text = re.sub(r"Type \S.*? expects a function or a callable class: (.*?)\.? Got value: .*", r"\1", text)
+    text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
+    text = re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m[1] or "one of ", text)
+    return text.replace("Expected a ", "expected ").strip()[:600]
+
+
+def _names_near(schema: type, message: str) -> str:
+    """`; did you mean X?` for a name that is close to a known one."""
+    wrong = re.findall(r"(?:[Oo]ption|[Kk]ey|argument)s?:? '?\"?(?:--)?([\w.]+?)'?\"?(?= is not|;|:? not|\.?$| )", message)
+    wrong += re.findall(r"Unrecognized arguments: --([\w.]+)", message)
+    classes = [c for c in map(_find, re.findall(r"'((?:\w+\.)+\w+)'", message)) if inspect.isclass(c)]
+    known = {name for c in classes for name in inspect.signature(c.__init__).parameters} or _all_keys(schema)
+    for name in wrong:
+        if near := difflib.get_close_matches(name.rpartition(".")[2], known, 1):
+            return f"; did you mean {near[0]}?"
+    if missing := re.search(r"class_path[^\w]+((?:\w+\.)+\w+)|Import path (\S+)|'((?:\w+\.)+\w+)'", message):
+        path = next(group for group in missing.groups() if group)
+        if near_class := _class_near(path):
+            return f"; did you mean {near_class}?"
+    return ""
+
+
+def _all_keys(cls: type) -> set[str]:
+    """Every key of the schema's dataclasses."""
+    keys: set[str] = set()
+    for f in dataclasses.fields(cls):
+        keys.add(f.name)
+        kind = importlib.import_module(cls.__module__).__dict__.get(str(f.type).partition(" |")[0])
+        if dataclasses.is_dataclass(kind):
+            keys |= _all_keys(kind)  # type: ignore[arg-type]
+    return keys
+
+
+def _find(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _class_near(path: str) -> str:
+    """The importable class whose name is close to the last part of `path`, in the same module."""
+    module, _, name = path.rpartition(".")
+    try:
+        names = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]
+    except (ImportError, ValueError):
+        return ""
+    near = difflib.get_close_matches(name, names, 1)
+    return f"{module}.{near[0]}" if near and near[0] != name else ""

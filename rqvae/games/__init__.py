@@ -1,0 +1,1 @@
+"""Games to record frames from."""

@@ -1,0 +1,339 @@
+"""What a dataset gives to the rest of the framework: `LabeledImageData`, its conditions, and a `DataSpec`.
+
+Shapes: B batch, H W image height and width, K history frames, C h w latent channels, height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import Self
+
+from rqvae.errors import BadInput
+from rqvae.randomness import Draw, fill, generator
+
+Split = Literal["train", "val", "test"]
+ImageShape = tuple[int, int, int]
+LatentShape = tuple[int, ...]
+
+
+def register_pytree(cls: type) -> type:
+    """Register a dataclass of tensors as a pytree.
+
+    An FSDP2 root whose output is an unregistered dataclass fails in backward, because its hooks cannot find the
+    tensors; `torch.utils._pytree.register_dataclass` is the documented door since torch 2.7.
+    """
+    torch.utils._pytree.register_dataclass(cls)
+    return cls
+
+
+def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` on every tensor of nested dataclasses, dicts and lists; everything else is kept."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, TensorFields):
+        return replace(value, **{f.name: _apply(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var]
+    if isinstance(value, dict):
+        return {key: _apply(item, change) for key, item in value.items()}
+    return value
+
+
+class TensorFields:
+    """Base of the dataclasses that hold tensors: they move themselves."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
+        """All tensors on `device`; floating-point ones also in `dtype` if given. Integer tensors keep their type."""
+        return _apply(self, lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """All tensors in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
+        return _apply(self, lambda x: x.pin_memory())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """`change` applied to every tensor."""
+        return _apply(self, change)
+
+
+class Condition(TensorFields):
+    """What a generator is conditioned on. Every tensor field has the batch as its first axis."""
+
+    def null(self) -> Self:
+        """The unconditional condition, with the same shapes."""
+        raise NotImplementedError
+
+    def dropped(self, drop_b: Tensor) -> Self:
+        """This condition where `drop_b` (B,) is False, the null condition where it is True."""
+        null = self.null()
+        pairs = {
+            f.name: (getattr(self, f.name), getattr(null, f.name))
+            for f in fields(self)  # type: ignore[arg-type]
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        mixed = {k: torch.where(drop_b.view(-1, *[1] * (x.ndim - 1)), n, x) for k, (x, n) in pairs.items()}
+        return replace(self, **mixed)  # type: ignore[type-var]
+
+    def __len__(self) -> int:
+        return next(len(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor))  # type: ignore[arg-type]
+
+
+@register_pytree
+@dataclass
+class ClassCondition(Condition):
+    """Class labels.
+
+    Args:
+        label: (B,) int64 in [0, num_classes]; `num_classes` itself is the null class.
+        num_classes: how many real classes there are.
+    """
+
+    label: Tensor
+    num_classes: int
+
+    def null(self) -> ClassCondition:
+        return replace(self, label=torch.full_like(self.label, self.num_classes))
+
+
+@register_pytree
+@dataclass
+class ActionCondition(Condition):
+    """The actions that lead to a frame, and the frames before it.
+
+    Args:
+        context: (B, K, 3, H, W) history frames in [0, 1], or (B, K, C, h, w) once encoded; None where only actions are given.
+        actions: (B, K) int64 in [0, num_actions]; `num_actions` is the null action, which is never NOOP.
+        mask: (B, K) bool; False where the history is missing.
+        num_actions: how many real actions there are.
+    """
+
+    context: Tensor | None
+    actions: Tensor
+    mask: Tensor
+    num_actions: int
+
+    def null(self) -> ActionCondition:
+        return replace(self, actions=torch.full_like(self.actions, self.num_actions))
+
+
+@register_pytree
+@dataclass
+class MaskCondition(Condition):
+    """A segmentation mask.
+
+    Args:
+        mask: (B, H, W) int64 class ids in [0, num_classes]; `num_classes` marks a pixel without a label.
+        num_classes: how many real classes there are.
+    """
+
+    mask: Tensor
+    num_classes: int
+
+    def null(self) -> MaskCondition:
+        return replace(self, mask=torch.full_like(self.mask, self.num_classes))
+
+
+@register_pytree
+@dataclass
+class Stage1Encodings(TensorFields):
+    """A latent.
+
+    Args:
+        zs: (B, C, h, w), or (B, L, C) for models with a sequence of tokens.
+        additional_attr: for example `mu` and `logvar` of a VAE.
+    """
+
+    zs: Tensor
+    additional_attr: dict[str, Any] | None = None
+
+
+@register_pytree
+@dataclass
+class LabeledImageData(TensorFields):
+    """One sample (no batch axis), and after collating one batch.
+
+    Args:
+        img: (B, 3, H, W) float in [0, 1]; a dataset may give uint8, the feed turns it into float. Stage1 models normalise inside.
+        condition: `ClassCondition`, `ActionCondition`, `MaskCondition`, or None.
+        img_path: where each image comes from.
+        additional_attr: anything else.
+        sample_id: (B,) int64, position in the stream of samples: what randomness is keyed by.
+        encodings: cached latents; `TwoStage.prepare` then skips the encoder.
+        draws: the numbers the modules asked for (`noise`, `t`, `posterior`, `drop`), each with B first.
+    """
+
+    img: Tensor | None = None
+    condition: Condition | None = None
+    img_path: list[str] | None = None
+    additional_attr: dict[str, Any] | None = None
+    sample_id: Tensor | None = None
+    encodings: Stage1Encodings | None = None
+    draws: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        for value in (self.img, self.sample_id, self.condition, self.encodings and self.encodings.zs):
+            if value is not None:
+                return len(value)
+        raise ValueError("LabeledImageData: no field to take the batch size from")
+
+    def require_img(self) -> Tensor:
+        """`img`, or a ValueError that says that it is missing."""
+        if self.img is None:
+            raise ValueError("LabeledImageData.img: expected (B, 3, H, W), got None")
+        return self.img
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the models must know of the data, from the dataset's constructor arguments alone.
+
+    Args:
+        image_shape: (3, H, W) after the transform.
+        num_classes: classes of `ClassCondition`, 0 without.
+        num_actions: actions of `ActionCondition`, 0 without.
+        history: K, history frames of `ActionCondition`.
+        num_mask_classes: classes of `MaskCondition`, 0 without.
+        names: names of the classes or actions, where the dataset knows them.
+    """
+
+    image_shape: ImageShape
+    num_classes: int = 0
+    num_actions: int = 0
+    history: int = 0
+    num_mask_classes: int = 0
+    names: tuple[str, ...] = ()
+
+
+class LabeledImageDataset(Dataset[LabeledImageData]):
+    """Base of the datasets.
+
+    The constructor takes `split` first and may not touch the disk: `open` does. `__getitem__` returns a sample as it
+    is stored (uint8 (3, H, W) or float in [0, 1]), without augmentation: transforms are the feed's.
+    A method `collate_fn(samples)` is used in place of the default one when it exists.
+    """
+
+    split: Split
+
+    @property
+    def spec(self) -> DataSpec:
+        """Shapes and classes; must not touch the disk."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """Look at the disk: build the index, raise `BadInput` when something is missing. Called once, before training."""
+
+    def fingerprint(self) -> str:
+        """A text that changes when the data change; the cached statistics of a run are keyed by it."""
+        return f"{type(self).__qualname__}:{self.split}:{len(self)}"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> LabeledImageData:
+        raise NotImplementedError
+
+
+class Transform:
+    """From a stored sample to what a model sees. `rng` is the sample's own: an augmentation never depends on workers.
+
+    A transform is made with the dataset's `DataSpec` as its first argument.
+    """
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:
+        """The sample, transformed; may keep uint8."""
+        raise NotImplementedError
+
+
+Collate = Callable[[Sequence[LabeledImageData]], LabeledImageData]
+
+
+@dataclass
+class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
+    """A split seen as an endless stream: position -> the sample with its transform applied and its draws filled.
+
+    The position in the stream, not (epoch, index), is the sample's identity. Epoch e's order is a permutation seeded by
+    (seed, e); a split that is not shuffled repeats in file order.
+
+    Args:
+        dataset: the split.
+        transform: applied to each sample with the sample's own generator.
+        draws: numbers the modules need per sample.
+        seed: the run's seed.
+        shuffle: a new order each epoch.
+    """
+
+    dataset: LabeledImageDataset
+    transform: Transform
+    draws: dict[str, Draw]
+    seed: int
+    shuffle: bool
+    _order: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def index(self, position: int) -> int:
+        """The sample's index in the dataset."""
+        epoch, k = divmod(position, len(self.dataset))
+        if not self.shuffle:
+            return k
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator(self.seed, "order", epoch)))
+        return int(self._order[1][k])
+
+    def __getitem__(self, position: int) -> LabeledImageData:
+        sample = self.dataset[self.index(position)]
+        sample = self.transform(sample, generator(self.seed, "augment", position))
+        if sample.img is not None and sample.img.dtype == torch.uint8:
+            sample = replace(sample, img=sample.img.float() / 255)
+        return replace(
+            sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None
+        )
+
+    @property
+    def collate_fn(self) -> Collate:
+        """The dataset's own `collate_fn` where it has one, else `default_collate_fn`."""
+        return getattr(self.dataset, "collate_fn", self.default_collate_fn)
+
+    @staticmethod
+    def default_collate_fn(samples: Sequence[LabeledImageData]) -> LabeledImageData:
+        """Stack samples into a batch: tensors on a new first axis, paths and other attributes into lists.
+
+        Raises:
+            BadInput: samples whose tensors differ in shape, or of which only some have a field.
+        """
+        return _stack([_Named("sample", s) for s in samples])
+
+
+@dataclass
+class _Named:
+    """A value and the path of fields that led to it, for error messages."""
+
+    name: str
+    value: Any
+
+
+def _stack(items: Sequence[_Named]) -> Any:
+    """Batch of values of one kind; see `default_collate_fn`."""
+    first, values = items[0], [item.value for item in items]
+    if any((v is None) != (first.value is None) for v in values):
+        raise BadInput(f"{first.name}: expected in every sample of a batch or in none, got some of each")
+    if first.value is None:
+        return None
+    if isinstance(first.value, Tensor):
+        shapes = {tuple(v.shape) for v in values}
+        if len(shapes) > 1:
+            raise BadInput(f"{first.name}: expected one shape in a batch, got {sorted(shapes)}")
+        return torch.stack(values)
+    if isinstance(first.value, TensorFields):
+        names = [f.name for f in fields(first.value)]  # type: ignore[arg-type]
+        parts = {n: _stack([_Named(f"{first.name}.{n}", getattr(v, n)) for v in values]) for n in names}
+        return type(first.value)(**parts)
+    if isinstance(first.value, dict):
+        return {k: _stack([_Named(f"{first.name}.{k}", v.get(k)) for v in values]) for k in first.value}
+    if first.name.endswith((".num_classes", ".num_actions")):
+        return first.value
+    return list(values)

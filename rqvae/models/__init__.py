@@ -1,0 +1,1 @@
+"""Models: interfaces, Stage1, connectors, Stage2, losses."""

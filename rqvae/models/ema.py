@@ -1,0 +1,69 @@
+"""Exponential moving averages of weights, in fp32 (fp64 where the weights are), kept beside the uncompiled module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.errors import BadInput
+
+
+class EMA:
+    """One running average of a module's weights: `average = lerp(average, weights, 1 - decay)` after each step.
+
+    With `warmup` the decay of step n is min(decay, (1 + n) / (10 + n)), as `tf.train.ExponentialMovingAverage` with
+    `num_updates`: without it, a run shorter than 1 / (1 - decay) steps evaluates mostly its random start.
+
+    Args:
+        module: the uncompiled module; its parameters and floating-point buffers are followed.
+        decay: in [0, 1).
+        warmup: see above.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise BadInput(f"ema.decays: expected numbers in [0, 1), got {decay}")
+        self.decay, self.warmup = decay, warmup
+        self.followed = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point()}
+        # fp32 whatever the weights are computed in: in bf16 an average of decay 0.999 stalls at 0.25 where 0.95 is right.
+        self.average = {
+            k: v.detach().to(torch.promote_types(v.dtype, torch.float32)).clone() for k, v in self.followed.items()
+        }
+
+    @property
+    def name(self) -> str:
+        """The name in checkpoints and logs, for example `ema_0.999`."""
+        return f"ema_{self.decay:g}"
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the weights after optimizer step `step` (0 is the first)."""
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        averages, weights = list(self.average.values()), [v.detach() for v in self.followed.values()]
+        if any(a.dtype != w.dtype for a, w in zip(averages, weights, strict=True)):
+            weights = [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module computes with the average inside this context, and with its own weights again after it."""
+        own = {k: v.data for k, v in self.followed.items()}
+        for key, value in self.followed.items():
+            value.data = self.average[key].to(value.dtype)
+        try:
+            yield
+        finally:
+            for key, value in self.followed.items():
+                value.data = own[key]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages, by the module's own names."""
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the averages of a checkpoint."""
+        for key, value in self.average.items():
+            value.copy_(state[key])

@@ -1,0 +1,1 @@
+"""Losses of Stage1 besides its own."""

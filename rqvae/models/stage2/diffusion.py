@@ -1,0 +1,175 @@
+"""A diffusion model of latents, composed of a backbone, a path, a prediction, a law of times and a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.diffusion.paths import LinearFlow, Path, Prediction
+from rqvae.diffusion.sampling import Sampler
+from rqvae.diffusion.timesteps import TimestepLaw, Uniform
+from rqvae.errors import BadInput
+from rqvae.models.interfaces import (
+    Condition,
+    DataSpec,
+    LabeledImageData,
+    LatentShape,
+    Stage1Encodings,
+    Stage2Losses,
+    Stage2Model,
+    Stage2ModelOutput,
+)
+from rqvae.randomness import Draw, normal, uniform
+
+
+class LatentDiffusion(Stage2Model):
+    """Predicts on a path between latent and noise with a mean squared error; generates by solving the path's ODE.
+
+    With the defaults this is rectified flow: x_t = (1 - t) x0 + t noise, and the network answers noise - x0
+    (Liu et al. 2022, eq. 1).
+
+    Args:
+        latent_shape: (C, h, w), given by Stage1 and the connector.
+        data_spec: what the conditions are, given by the dataset.
+        backbone: class of the network, `(x (B, C, h, w), t (B,), condition) -> (B, C, h, w)`; made with the two above.
+        path: from data to noise; null is `LinearFlow`.
+        prediction: what the network answers: velocity, x0 (data) or eps (noise).
+        timesteps: law of the training times; null is `Uniform`.
+        sampler: solver, steps, spacing and guidance; null is 50 Euler steps without guidance.
+        drop_condition: share of training samples that see the null condition, in [0, 1]; without effect where the
+            data have no condition.
+
+    Raises:
+        BadInput: a share outside [0, 1]; a sampler that the prediction or the share does not allow.
+    """
+
+    def __init__(
+        self,
+        latent_shape: LatentShape,
+        data_spec: DataSpec,
+        *,
+        backbone: Callable[[LatentShape, DataSpec], nn.Module],
+        path: Path | None = None,
+        prediction: Prediction = "velocity",
+        timesteps: TimestepLaw | None = None,
+        sampler: Sampler | None = None,
+        drop_condition: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_condition <= 1:
+            raise BadInput(f"stage2.drop_condition: expected a number in [0, 1], got {drop_condition}")
+        self.path, self.prediction = path or LinearFlow(), prediction
+        self.timesteps, self.drop_condition = timesteps or Uniform(), drop_condition
+        self.conditional = bool(data_spec.num_classes or data_spec.num_actions or data_spec.num_mask_classes)
+        self.sampler = sampler or Sampler()
+        self._check(self.sampler)
+        self.backbone = backbone(latent_shape, data_spec)
+
+    def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:
+        """`noise` (C, h, w), `t` (), and `drop` () where conditions are dropped."""
+        numbers = {"noise": Draw(tuple(latent_shape), normal), "t": Draw((), self.timesteps)}
+        return numbers | ({"drop": Draw((), uniform)} if self._drops else {})
+
+    def forward(self, encodings: Stage1Encodings, inputs: LabeledImageData) -> Stage2ModelOutput:
+        """The prediction at x_t.
+
+        In training mode the condition of a sample is replaced by null where its `drop` is below `drop_condition`: the
+        only place where conditions are dropped.
+
+        Args:
+            encodings: clean latents (B, C, h, w).
+            inputs: `draws` (`noise`, `t`, `drop`, see `draws`) and the condition.
+
+        Returns:
+            zs_pred (B, C, h, w), zs_degraded = x_t, and `t` (B,) and `target` (B, C, h, w).
+
+        Raises:
+            BadInput: draws or a condition that are not there.
+        """
+        x0 = encodings.zs.to(_at_least_fp32(encodings.zs))
+        noise, t_b = self._draw(inputs, "noise").to(x0), self._draw(inputs, "t").to(x0)
+        condition = self._condition(inputs)
+        if self.training and self._drops and condition is not None:
+            condition = condition.dropped(self._draw(inputs, "drop") < self.drop_condition)
+        x_t = self.path.interpolate(noise, x0, t_b)
+        target = self.path.target(self.prediction, noise, x0, t_b)
+        prediction = self.backbone(x_t, t_b, condition)
+        return Stage2ModelOutput(zs_pred=prediction, zs_degraded=x_t, additional_attr={"t": t_b, "target": target})
+
+    def compute_loss(
+        self,
+        encodings: Stage1Encodings,  # noqa: ARG002  (the signature of every Stage2 model)
+        output: Stage2ModelOutput,
+        inputs: LabeledImageData,  # noqa: ARG002
+    ) -> Stage2Losses:
+        """Mean squared error of a prediction of `forward`: the mean, and of each sample (B,)."""
+        if output.additional_attr is None or "target" not in output.additional_attr:
+            raise BadInput("output.additional_attr: expected a target (as from forward), got none")
+        target = output.additional_attr["target"]
+        per_sample = (output.zs_pred.to(target.dtype) - target).square().flatten(1).mean(1)
+        return Stage2Losses(loss_total=per_sample.mean(), per_sample=per_sample.detach())
+
+    @torch.no_grad()
+    def infer(self, inputs: LabeledImageData, *, noise: Tensor, sampler: Sampler | None = None) -> Stage2ModelOutput:
+        """Generate latents.
+
+        Args:
+            inputs: only `condition` is read; None exactly where the data have none.
+            noise: (B, C, h, w); its precision, at least fp32, is that of the sampling.
+            sampler: in place of the model's own.
+
+        Returns:
+            zs_pred (B, C, h, w), and `nfe`: how often the (guided) velocity was evaluated.
+
+        Raises:
+            BadInput: no condition where there must be one; a sampler that does not fit.
+        """
+        if sampler is not None:
+            self._check(sampler)
+        zs, nfe = (sampler or self.sampler)(self._velocity, noise.to(_at_least_fp32(noise)), self._condition(inputs))
+        return Stage2ModelOutput(zs_pred=zs, additional_attr={"nfe": nfe})
+
+    def _velocity(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """Velocity (B, C, h, w) at one time `t` () for the whole batch."""
+        t_b = t.to(x).expand(len(x))
+        prediction = self.backbone(x, t_b, condition).to(x.dtype)
+        return self.path.convert(prediction, x, t_b, self.prediction, "velocity")
+
+    @property
+    def _drops(self) -> bool:
+        return self.conditional and self.drop_condition > 0
+
+    def _condition(self, inputs: LabeledImageData) -> Condition | None:
+        """The batch's condition, which is there exactly where the data have one."""
+        if self.conditional and inputs.condition is None:
+            raise BadInput(
+                "condition: expected one (the model is conditional; condition.null() is the null one), got None"
+            )
+        return inputs.condition
+
+    def _draw(self, inputs: LabeledImageData, name: str) -> Tensor:
+        """The batch's random numbers of one name."""
+        if inputs.draws is None or name not in inputs.draws:
+            raise BadInput(f"draws.{name}: expected numbers in the batch, got {sorted(inputs.draws or {})}")
+        return inputs.draws[name]
+
+    def _check(self, sampler: Sampler) -> None:
+        """That the prediction gives a velocity wherever the sampler asks, and that null was trained if it is used."""
+        asked = sampler.times()[:-1]
+        if self.prediction != "velocity" and bool((self.path.determinant(self.prediction, asked) == 0).any()):
+            raise BadInput(
+                f"sampler.start: expected < 1, for example 0.999, as {self.prediction} on {type(self.path).__name__} "
+                f"gives no velocity at {sampler.start:g}"
+            )
+        if sampler.guidance is not None and sampler.guidance.needs_null and not self._drops:
+            raise BadInput(
+                "sampler.guidance: expected a model trained with the null condition (conditional data and "
+                f"drop_condition > 0), got drop_condition {self.drop_condition:g}"
+            )
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    """fp32 for the bf16 latents of an autocast encoder, whose 8 bits are too few for times and targets; else x's own."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,64 @@
+"""Random numbers that belong to a sample: (seed, sample_id, stream) -> numbers.
+
+What a sample sees (timestep, noise, flip, posterior noise, condition drop) is a function of the run's seed, the
+sample's position in the stream of samples and the name of the stream. It does not depend on the number of loader
+workers, on world size, on accumulation or on where a run was resumed, and no random state has to be saved.
+
+This module is a leaf: every room may import it, it imports none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def fold(*key: int | str) -> int:
+    """A 63-bit seed of a key such as ``(seed, "noise", sample_id)``; neighbouring keys give unrelated streams."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A host generator seeded with :func:`fold` of the key."""
+    return torch.Generator().manual_seed(fold(*key))
+
+
+class Law(Protocol):
+    """A distribution: fills a shape with float32 numbers from a host generator."""
+
+    def __call__(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor: ...
+
+
+def normal(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers, float32 (the same numbers whatever the precision of the run)."""
+    return torch.randn(shape, generator=generator)
+
+
+def uniform(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
+    """Uniform numbers in [0, 1), float32."""
+    return torch.rand(shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a module needs per sample: the shape without the batch axis, and the law of the numbers."""
+
+    shape: tuple[int, ...]
+    law: Law
+
+
+def fill(draws: Mapping[str, Draw], seed: int, sample_id: int) -> dict[str, Tensor]:
+    """The numbers of one sample, one tensor a stream.
+
+    One generator is re-seeded for every stream: a new generator costs 5 times as much as a re-seeding.
+    """
+    host = torch.Generator()
+    return {
+        name: draw.law(draw.shape, generator=host.manual_seed(fold(seed, name, sample_id)))
+        for name, draw in draws.items()
+    }

@@ -1,0 +1,197 @@
+"""The typed schema of an experiment. Every key of a config is a field here or a constructor argument of the class it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from rqvae.callbacks.interfaces import Intervention, Observer
+from rqvae.errors import BadInput
+from rqvae.img_datasets.interfaces import DataSpec, LabeledImageDataset, LatentShape, Split, Transform
+from rqvae.img_datasets.transforms import TestTransform, TrainTransform, ValTransform
+from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
+from rqvae.models.losses.lpips import LPIPSLoss
+from rqvae.durations import DurationText
+from rqvae.trainers.settings import (
+    CheckpointSettings,
+    EmaSettings,
+    LogSettings,
+    OnlineEvalSettings,
+    PictureSettings,
+    TrainSettings,
+)
+from rqvae.trainers.updates import UpdateSettings
+
+MakeTransform = Callable[[DataSpec], Transform]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The images.
+
+    Args:
+        dataset: class of the dataset; it is made once a split, with the split as first argument.
+        batch_size: images of one optimizer step, over all ranks and micro-batches.
+        train_transform: class of the train split's transform; it is made with the dataset's `DataSpec`.
+        val_transform: the same of the validation split.
+        test_transform: the same of the test split; never an augmentation.
+        workers: loader processes of each rank.
+    """
+
+    dataset: Callable[[Split], LabeledImageDataset]
+    batch_size: int = 32
+    train_transform: MakeTransform = TrainTransform
+    val_transform: MakeTransform = ValTransform
+    test_transform: MakeTransform = TestTransform
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise BadInput(f"data: expected batch_size >= 1 and workers >= 0, got {self.batch_size}, {self.workers}")
+
+    def make(self, split: Split) -> tuple[LabeledImageDataset, Transform]:
+        """The dataset of a split, not opened yet, and its transform."""
+        dataset = self.dataset(split)
+        make_transform = {"train": self.train_transform, "val": self.val_transform, "test": self.test_transform}[split]
+        return dataset, make_transform(dataset.spec)
+
+
+@dataclass(frozen=True)
+class LpipsSettings:
+    """Perceptual loss (Zhang et al. 2018).
+
+    Args:
+        weight: of the loss in the autoencoder's total.
+        loss: which network, and where its weights are.
+    """
+
+    weight: float = 1.0
+    loss: LPIPSLoss = field(default_factory=LPIPSLoss)
+
+
+@dataclass(frozen=True)
+class GanSettings:
+    """Adversarial loss.
+
+    Args:
+        discriminator: the network that tells real images from reconstructions.
+        loss: hinge (Lim & Ye 2017) or non_saturating (Goodfellow et al. 2014).
+        weight: of the generator's loss in the autoencoder's total, before the adaptive factor.
+        weighting: adaptive factor. last_layer: ratio of the gradients' norms at the last layer (Esser et al. 2021, eq. 7);
+            reconstruction: the same ratio at the reconstructed image, needs no parameter; fixed: none.
+        disc_start: when the discriminator begins to learn and to be learnt from.
+        reuse_forward: score the reconstructions of the autoencoder's own step, instead of a second forward.
+    """
+
+    discriminator: nn.Module
+    loss: Literal["hinge", "non_saturating"] = "hinge"
+    weight: float = 0.5
+    weighting: Literal["last_layer", "reconstruction", "fixed"] = "last_layer"
+    disc_start: DurationText = 0
+    reuse_forward: bool = False
+
+
+@dataclass(frozen=True)
+class Stage1Updates:
+    """The optimizers of Stage1.
+
+    Args:
+        autoencoder: of the Stage1 model.
+        discriminator: of the discriminator.
+    """
+
+    autoencoder: UpdateSettings = field(default_factory=UpdateSettings)
+    discriminator: UpdateSettings = field(default_factory=UpdateSettings)
+
+
+@dataclass(frozen=True)
+class Stage2Updates:
+    """The optimizers of Stage2.
+
+    Args:
+        generator: of the Stage2 model.
+    """
+
+    generator: UpdateSettings = field(default_factory=UpdateSettings)
+
+
+@dataclass(frozen=True)
+class Stage1Run:
+    """An experiment that trains an autoencoder.
+
+    Args:
+        data: the images.
+        stage1: the autoencoder.
+        lpips: perceptual loss; null is without.
+        gan: adversarial loss; null is without.
+        updates: optimizers.
+        train: length, precision, seed.
+        ema: running averages of the autoencoder.
+        checkpoint: when checkpoints are written.
+        logging: mirrors of the log.
+        pictures: grids of reconstructions.
+        online_eval: scores on the validation split while training.
+        observers: more observers, by class_path.
+        interventions: by class_path.
+    """
+
+    data: DataSettings
+    stage1: Stage1Model
+    lpips: LpipsSettings | None = None
+    gan: GanSettings | None = None
+    updates: Stage1Updates = field(default_factory=Stage1Updates)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LogSettings = field(default_factory=LogSettings)
+    pictures: PictureSettings = field(default_factory=PictureSettings)
+    online_eval: OnlineEvalSettings = field(default_factory=OnlineEvalSettings)
+    observers: list[Observer] = field(default_factory=list)
+    interventions: list[Intervention] = field(default_factory=list)
+
+    stage = 1
+
+
+@dataclass(frozen=True)
+class Stage2Run:
+    """An experiment that trains a generator on the latents of a frozen autoencoder.
+
+    Args:
+        data: the images and conditions.
+        stage1: the autoencoder, frozen.
+        stage2: class of the generator; it is made with the latent's shape and the dataset's `DataSpec`.
+        stage1_checkpoint: run or checkpoint folder of the autoencoder; null for one without parameters.
+        connector: between the two latents.
+        updates: optimizers.
+        train: length, precision, seed.
+        ema: running averages of the generator.
+        checkpoint: when checkpoints are written.
+        logging: mirrors of the log.
+        pictures: grids of samples.
+        online_eval: scores while training; off for a generator until asked for.
+        observers: more observers, by class_path.
+        interventions: by class_path.
+    """
+
+    data: DataSettings
+    stage1: Stage1Model
+    stage2: Callable[[LatentShape, DataSpec], Stage2Model]
+    stage1_checkpoint: str | None = None
+    connector: base_connector = field(default_factory=base_connector)
+    updates: Stage2Updates = field(default_factory=Stage2Updates)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    ema: EmaSettings = field(default_factory=EmaSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    logging: LogSettings = field(default_factory=LogSettings)
+    pictures: PictureSettings = field(default_factory=PictureSettings)
+    online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None))
+    observers: list[Observer] = field(default_factory=list)
+    interventions: list[Intervention] = field(default_factory=list)
+
+    stage = 2
+
+
+AnyRun = Stage1Run | Stage2Run

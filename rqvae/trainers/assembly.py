@@ -1,0 +1,265 @@
+"""From a checked config to a finished run: which folder, which checkpoint, the trainer, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rqvae.backends import Backend
+from rqvae.callbacks.interfaces import Observer
+from rqvae.callbacks.online_eval import OnlineEval
+from rqvae.callbacks.pictures import Pictures
+from rqvae.callbacks.throughput import Progress, Throughput
+from rqvae.durations import Duration
+from rqvae.errors import BadInput
+from rqvae.img_datasets.feed import Feed, Positions, check_batch
+from rqvae.img_datasets.interfaces import LabeledImageDatasetWrapper
+from rqvae.run import AnyRun, Stage1Run
+from rqvae.trainers import checkpoint, stage1_trainer, stage2_trainer
+from rqvae.trainers.clock import Clock
+from rqvae.trainers.logging import RunLog, setup_text_log
+from rqvae.trainers.meter import Meter
+from rqvae.trainers.parts import Parts, on_main
+from rqvae.trainers.run_folder import (
+    RunLock,
+    RunPlace,
+    changed_keys,
+    describe_environment,
+    is_finished,
+    note_wandb_id,
+    read_config,
+    same_config,
+    write_new,
+)
+from rqvae.trainers.session import Session
+from rqvae.trainers.state import TrainState
+from rqvae.trainers.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the user asked for besides the config.
+
+    Args:
+        place: SAVE_DIR, PROJECT and RUN_NAME.
+        resume_ckpt: run or checkpoint folder to start from, with its full state.
+        resume_wandb_id: W&B id to go on with.
+        fresh: never go on with an earlier run.
+        online_eval: evaluate while training.
+    """
+
+    place: RunPlace
+    resume_ckpt: str | None = None
+    resume_wandb_id: str | None = None
+    fresh: bool = False
+    online_eval: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The run's folder and where it starts.
+
+    Args:
+        folder: of the run.
+        load: checkpoint folder to load, or None to start at step 0.
+        wandb_id: id of the run's earlier part.
+        finished: nothing is left to do.
+        words: what to tell the user.
+    """
+
+    folder: Path
+    load: Path | None = None
+    wandb_id: str | None = None
+    finished: bool = False
+    words: tuple[str, ...] = ()
+
+
+def choose(request: TrainRequest, config: dict[str, Any]) -> Choice:
+    """The same command again goes on; a run that is finished stays; else a new folder. Writes nothing."""
+    source = str(Path(request.resume_ckpt).resolve()) if request.resume_ckpt else None
+    if not request.fresh:
+        for run in request.place.earlier():
+            environment = json.loads((run / "environment.json").read_text())
+            if not same_config(run, config) or environment.get("resumed_from") != source:
+                continue
+            if is_finished(run):
+                return Choice(run, finished=True, words=(f"{run} is finished; --fresh starts a new run",))
+            load = TrainState.last_good(run)
+            start = load or (checkpoint.find(Path(source)) if source else None)
+            at = f"from {load.name}" if load else "from its start: it has no checkpoint yet"
+            return Choice(run, start, environment.get("wandb_id"), words=(f"going on with {run}, {at}",))
+    folder = request.place.new()
+    if not source:
+        return Choice(folder, words=(f"new run {folder}",))
+    load = checkpoint.find(Path(source))
+    old = load.parent.parent / "config.yaml"
+    rows = changed_keys(read_config(old.parent), config) if old.exists() else []
+    words = (f"new run {folder} from {load}", *(f"changed: {row}" for row in rows))
+    return Choice(folder, load, request.resume_wandb_id, words=words)
+
+
+def check(run: AnyRun, world_size: int) -> None:
+    """Everything that can be checked before a process, a device or a data set is touched; `run` is on `meta`."""
+    check_batch(run.data.batch_size, run.train.accumulate, world_size)
+    if isinstance(run, Stage1Run):
+        run.stage1.latent_shape(run.data.make("train")[0].spec.image_shape)
+    else:
+        with torch.device("meta"):
+            two_stage = stage2_trainer.make_two_stage(run)
+        stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
+
+
+@dataclass
+class TrainingJob:
+    """One rank's part of a training run, from the config to the exit code.
+
+    Args:
+        run: the experiment.
+        config: its resolved config.
+        backend: this rank.
+        request: what the user asked for besides.
+    """
+
+    run: AnyRun
+    config: dict[str, Any]
+    backend: Backend
+    request: TrainRequest
+    _lock: RunLock | None = field(default=None, init=False)
+
+    def execute(self) -> int:
+        """Train; every rank calls it.
+
+        Returns:
+            0, or 128 + signal when a signal ended the run after a checkpoint.
+        """
+        setup_text_log(self.backend.rank)
+        stream, clock = self._open_data()
+        choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config))
+        for line in choice.words if self.backend.rank == 0 else ():
+            log.info("%s", line)
+        if choice.finished:
+            return 0
+        if choice.folder.exists():
+            self._take(choice)  # before its checkpoint is read: nobody else may be writing there
+        build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
+        parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
+        stream.draws = parts.draws
+        meter = Meter(self.backend)
+        state = TrainState(
+            self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match
+        )
+        if choice.load:
+            state.load(choice.load, clock)
+        elif parts.before_start:
+            parts.before_start()
+        if self._lock is None:
+            self._take(choice)  # a new folder is made only now: a wrong checkpoint leaves nothing behind
+        return self._fit(choice, parts, state, clock, stream)
+
+    def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
+        """The train split as a stream, and the clock that its size makes."""
+        run = self.run
+        check_batch(run.data.batch_size, run.train.accumulate, self.backend.world_size)
+        dataset, transform = run.data.make("train")
+        on_main(self.backend, dataset.open)  # rank 0 first: it reports what is wrong, and fills caches
+        if self.backend.rank:
+            dataset.open()
+        if len(dataset) == 0:
+            raise BadInput("data.dataset: the train split is empty")
+        clock = Clock(run.data.batch_size, len(dataset))
+        clock.total_steps = clock.steps_of(Duration.parse(run.train.steps))
+        return LabeledImageDatasetWrapper(dataset, transform, {}, run.train.seed, shuffle=True), clock
+
+    def _take(self, choice: Choice) -> None:
+        """Make the folder where it is new, and hold its lock on rank 0."""
+
+        def take() -> None:
+            if not choice.folder.exists():
+                source = str(Path(self.request.resume_ckpt).resolve()) if self.request.resume_ckpt else None
+                backend = self.backend
+                facts = {"backend": backend.name, "world_size": backend.world_size, "resumed_from": source}
+                write_new(choice.folder, self.config, describe_environment(**facts))
+            lock = RunLock(choice.folder)
+            lock.acquire()
+            self._lock = lock
+
+        on_main(self.backend, take)
+        if self._lock is None:
+            self._lock = RunLock(choice.folder)  # not held: rank 0 holds it for the job
+
+    def _fit(
+        self, choice: Choice, parts: Parts, state: TrainState, clock: Clock, stream: LabeledImageDatasetWrapper
+    ) -> int:
+        run, backend, folder = self.run, self.backend, choice.folder
+        assert self._lock is not None
+        setup_text_log(backend.rank, folder / "log.txt")
+        run_log = None
+        if backend.rank == 0:
+            run_log = RunLog(folder, run.logging, self.request.place.project, choice.wandb_id, clock.step, self.config)
+            note_wandb_id(folder, run_log.wandb_id)
+            _banner(run, backend, parts, clock, folder)
+        positions = Positions(
+            clock.images, None, run.data.batch_size, run.train.accumulate, backend.rank, backend.world_size
+        )
+        trainer = Trainer(
+            backend=backend,
+            updates=parts.updates,
+            ema=parts.ema,
+            feed=Feed(stream, positions, run.data.workers, backend.feed, pin_memory=backend.device.type == "cuda"),
+            clock=clock,
+            state=state,
+            session=Session(folder, self._lock, run.train.stop_check_seconds),
+            run_log=run_log,
+            train=run.train,
+            checkpoints=run.checkpoint,
+            observers=_observers(run, self.request, parts),
+            interventions=run.interventions,
+        )
+        try:
+            finished = trainer.fit()
+        finally:
+            if run_log:
+                run_log.close()
+        if finished:
+            on_main(backend, lambda: (folder / "FINISHED").write_text(f"step {clock.step}\n"))
+        return 0 if finished else 128 + trainer.session.signal
+
+
+def _observers(run: AnyRun, request: TrainRequest, parts: Parts) -> Sequence[Observer]:
+    """The built-in observers that the config asks for, then the user's own."""
+    observers: list[Observer] = [Throughput(Duration.parse(run.train.log_every))]
+    if run.logging.progress:
+        observers.append(Progress())
+    if run.pictures.every:
+        name, draw = parts.picture
+        observers.append(Pictures(name, Duration.parse(run.pictures.every), parts.evaluated, draw))
+    if run.online_eval.every and parts.evaluate and request.online_eval:
+        observers.append(OnlineEval(Duration.parse(run.online_eval.every), parts.evaluated, parts.evaluate))
+    return [*observers, *run.observers]
+
+
+def _banner(run: AnyRun, backend: Backend, parts: Parts, clock: Clock, folder: Path) -> None:
+    """What is about to run, with the parameters of each part."""
+    for name, module in parts.counted.items():
+        total = sum(p.numel() for p in module.parameters())
+        trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        log.info("%s %s: %s parameters, %s trainable", name, type(module).__qualname__, f"{total:,}", f"{trainable:,}")
+    log.info(
+        "%s on %d x %s, %s: step %d of %d, %d images a step, %d images an epoch",
+        folder.name,
+        backend.world_size,
+        backend.name,
+        run.train.precision,
+        clock.step,
+        clock.total_steps,
+        clock.batch_size,
+        clock.epoch_size,
+    )

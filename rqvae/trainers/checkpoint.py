@@ -1,0 +1,163 @@
+"""Checkpoints: a folder of safetensors whose COMPLETE file, written last, says what must be in it.
+
+    checkpoints/step_00000500/{model,ema_0.999,optimizer}/NAME.safetensors  meta.json  COMPLETE
+
+A folder is good when COMPLETE is there and true (sizes and sha256). There is no rename: object stores have none.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rqvae.errors import BadInput, RunFailed
+
+Tensors = Mapping[str, Tensor]
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Tensors) -> str:
+    """sha256 over names, shapes and bytes: the identity of weights, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes() if value.ndim else value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any]) -> None:
+    """Write a checkpoint: `tensors` maps `model/stage1` to named tensors. COMPLETE is written last.
+
+    Raises:
+        RunFailed: the disk is full or cannot be written; what was begun is removed, other checkpoints are untouched.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    try:
+        for name, group in tensors.items():
+            file = folder / f"{name}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # clones of shared storage (tied weights) are what safetensors refuses otherwise
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        listing = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+        (folder / "COMPLETE").write_text(json.dumps(listing, indent=1))
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        full = getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "os error 27" in str(error)
+        why = "the disk is full" if full else str(error).splitlines()[0]
+        raise RunFailed(f"{folder}: checkpoint not written: {why}; earlier checkpoints are untouched") from error
+
+
+def is_good(folder: Path) -> bool:
+    """Whether the folder's COMPLETE is there and every file it lists has the size it lists."""
+    try:
+        listing = json.loads((folder / "COMPLETE").read_text())
+        return all((folder / name).stat().st_size == entry["size"] for name, entry in listing.items())
+    except (OSError, ValueError):
+        return False
+
+
+def verify(folder: Path) -> None:
+    """Raise BadInput unless every file has the sha256 that COMPLETE lists."""
+    if not is_good(folder):
+        raise BadInput(f"{folder}: expected a complete checkpoint, found one without a true COMPLETE file")
+    for name, entry in json.loads((folder / "COMPLETE").read_text()).items():
+        if file_sha256(folder / name) != entry["sha256"]:
+            raise BadInput(f"{folder / name}: expected sha256 {entry['sha256'][:12]}..., the file is damaged")
+
+
+def in_run(run: Path) -> list[Path]:
+    """The good checkpoints of a run folder, oldest first."""
+    return [p for p in sorted((run / "checkpoints").glob("step_*")) if is_good(p)]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` names: a checkpoint folder, or a run folder (its newest good one).
+
+    Raises:
+        BadInput: there is none.
+    """
+    if not path.exists():
+        raise BadInput(f"{path}: no such checkpoint or run folder")
+    if (path / "meta.json").exists():
+        verify(path)
+        return path
+    found = in_run(path)
+    if not found:
+        raise BadInput(f"{path}: expected a run or checkpoint folder with a complete checkpoint, found none")
+    verify(found[-1])
+    return found[-1]
+
+
+def read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file, for example `model/stage1`; raises BadInput where it is missing."""
+    file = folder / f"{name}.safetensors"
+    if not file.exists():
+        raise BadInput(f"{file}: no such file; the checkpoint has {', '.join(groups(folder)) or 'none'}")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise BadInput(f"{file}: expected safetensors, {error}") from error
+
+
+def groups(folder: Path) -> list[str]:
+    """The names of a checkpoint's tensor files, without suffix."""
+    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.safetensors"))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A checkpoint's meta.json."""
+    return json.loads((folder / "meta.json").read_text())
+
+
+def check_architecture(module: nn.Module, tensors: Tensors, where: str) -> None:
+    """Raise BadInput with the first three mismatches unless `tensors` are exactly the module's, by name and shape."""
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    given = {k: tuple(v.shape) for k, v in tensors.items()}
+    wrong = [
+        f"{k} expected {own.get(k, 'nothing')}, got {given.get(k, 'nothing')}"
+        for k in [*own, *(k for k in given if k not in own)]
+        if own.get(k) != given.get(k)
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise BadInput(f"{where}: weights of another architecture than {type(module).__name__}: {shown}")
+
+
+def load_into(module: nn.Module, tensors: Tensors, where: str) -> None:
+    """Check the architecture, then load."""
+    check_architecture(module, tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def prune(run: Path, keep_last: int, keep: set[Path]) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those in `keep`; half-written ones older than the newest go too."""
+    good = in_run(run)
+    stay = set(good[-keep_last:]) | keep
+    for folder in (run / "checkpoints").glob("step_*"):
+        if folder not in stay and folder < good[-1]:
+            # COMPLETE goes first, so that a removal cut short leaves no folder that looks whole
+            (folder / "COMPLETE").unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)

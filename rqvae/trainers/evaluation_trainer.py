@@ -1,0 +1,142 @@
+"""Walking a split on all ranks, and what is computed on the way: scores and grids of reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rqvae.backends import Backend
+from rqvae.errors import BadInput
+from rqvae.img_datasets.feed import Positions, make_loader
+from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, Split
+from rqvae.metrics.grids import image_grid
+from rqvae.metrics.reconstruction import psnr, ssim, to_uint8
+from rqvae.models.interfaces import Stage1Model
+from rqvae.run import DataSettings
+from rqvae.trainers import checkpoint
+
+_SCORES = {"psnr": psnr, "ssim": ssim}
+
+
+@dataclass
+class SplitWalk:
+    """One pass over a split, spread over the ranks, in batches of one shape.
+
+    Args:
+        data: dataset, transforms and batch size.
+        split: which split; its dataset is opened at the first pass.
+        backend: this rank.
+        dtype: of the images.
+    """
+
+    data: DataSettings
+    split: Split
+    backend: Backend
+    dtype: torch.dtype = torch.float32
+    _stream: LabeledImageDatasetWrapper | None = field(default=None, init=False)
+
+    @property
+    def stream(self) -> LabeledImageDatasetWrapper:
+        """The split in file order, opened."""
+        if self._stream is None:
+            dataset, transform = self.data.make(self.split)
+            dataset.open()
+            self._stream = LabeledImageDatasetWrapper(dataset, transform, {}, seed=0, shuffle=False)
+        return self._stream
+
+    def batches(self, images: int = 0, start: int = 0) -> Iterator[tuple[LabeledImageData, Tensor]]:
+        """This rank's batches and a mask (B,) of the samples that count.
+
+        The last batch is filled up with samples that do not count, so that every batch has one shape.
+
+        Args:
+            images: how many images of the split, 0 for all.
+            start: images that are left out at the beginning.
+        """
+        total = min(images or len(self.stream), len(self.stream))
+        world = self.backend.world_size
+        per_step = max(world, self.data.batch_size // world * world)
+        positions = Positions(start, total, per_step, 1, self.backend.rank, world)
+        loader = make_loader(self.stream, positions, self.data.workers)
+        for batch in self.backend.feed(loader):
+            yield batch, batch.sample_id < total
+
+    def first(self, images: int) -> LabeledImageData:
+        """The first `images` samples as one batch, the same on every rank."""
+        samples = [self.stream[i] for i in range(min(images, len(self.stream)))]
+        return self.stream.collate_fn(samples).to(self.backend.device, self.dtype)
+
+
+@torch.no_grad()
+def reconstruct(stage1: Stage1Model, images: Tensor) -> Tensor:
+    """(B, 3, H, W) reconstructions as they are shown and scored, from the deterministic encoding."""
+    return stage1.get_recon_imgs(stage1(LabeledImageData(img=images)).xs_recon)
+
+
+def reconstruction_scores(
+    stage1: Stage1Model, walk: SplitWalk, images: int, metrics: Sequence[str], prefix: str
+) -> dict[str, float]:
+    """Mean scores of 8-bit reconstructions over a split; every rank gets the same numbers."""
+    sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=walk.backend.device)
+    for batch, valid in walk.batches(images):
+        original = batch.require_img()
+        recon = reconstruct(stage1, original)
+        sums += score_sums(recon, original, valid, metrics)
+    return mean_scores(walk.backend.all_reduce(sums), metrics, prefix)
+
+
+def score_sums(recon: Tensor, original: Tensor, valid: Tensor, metrics: Sequence[str]) -> Tensor:
+    """(len(metrics) + 1,) float64: each score summed over the valid images, and their number."""
+    eight_bit = [to_uint8(x).double() / 255 for x in (recon, original)]
+    weight = valid.double()
+    return torch.stack([*((_SCORES[name](*eight_bit) * weight).sum() for name in metrics), weight.sum()])
+
+
+def mean_scores(sums: Tensor, metrics: Sequence[str], prefix: str) -> dict[str, float]:
+    """Scores by name from the reduced sums."""
+    values = (sums[:-1] / sums[-1]).tolist()
+    return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
+
+
+def as_pictures(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) uint8 on the host."""
+    return to_uint8(images).cpu().numpy()
+
+
+def reconstruction_grid(stage1: Stage1Model, walk: SplitWalk, images: int) -> np.ndarray:
+    """(H, W, 3) uint8: originals above, reconstructions below."""
+    original = walk.first(images).require_img()
+    recon = reconstruct(stage1, original)
+    return image_grid(as_pictures(torch.cat([original.clamp(0, 1), recon])), columns=len(original))
+
+
+def load_stage1(stage1: Stage1Model, path: str | None, where: str = "stage1_checkpoint") -> str:
+    """Load the evaluated weights (EMA where there is one) of a Stage1 run and return their sha256.
+
+    Raises:
+        BadInput: no checkpoint for a model that has parameters, or one of another architecture.
+    """
+    if path is None:
+        if any(True for _ in stage1.parameters()):
+            raise BadInput(f"{where}: expected a run or checkpoint folder for {type(stage1).__name__}, got null")
+    else:
+        load_evaluated(stage1, "stage1", Path(path))
+    return checkpoint.tensors_sha256(stage1.state_dict())
+
+
+def load_evaluated(module: nn.Module, name: str, path: Path) -> Path:
+    """Load a module's evaluated weights (its first EMA where the run has one) and return the checkpoint's folder."""
+    folder = checkpoint.find(path)
+    meta = checkpoint.read_meta(folder)
+    tensors = checkpoint.read(folder, f"model/{name}")
+    if meta["evaluate"] != "model":
+        tensors |= checkpoint.read(folder, f"{meta['evaluate']}/{name}")
+    own = module.state_dict()
+    tensors = {k: v.to(own[k].dtype) if k in own else v for k, v in tensors.items()}
+    checkpoint.load_into(module, tensors, str(folder / "model" / name))
+    return folder

@@ -1,0 +1,142 @@
+"""The log of record, metrics.jsonl, and its mirrors TensorBoard and Weights & Biases; log.txt for words."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rqvae.trainers.settings import LogSettings
+
+log = logging.getLogger(__name__)
+
+
+def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> None:
+    """Standard logging with the rank in front: rank 0 to the terminal, every rank that has a `file` to it."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    form = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
+    handlers: list[logging.Handler] = []
+    if rank == 0 and not quiet:
+        handlers.append(logging.StreamHandler())
+    if file is not None:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers or [logging.NullHandler()]:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    root.setLevel(logging.INFO)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the rows after `step`, and a half-written last line: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and row["step"] <= step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def wandb_mode(settings: LogSettings) -> str:
+    """Where W&B writes: the setting, WANDB_MODE, or online where a key is configured and offline where none is."""
+    if settings.wandb != "auto":
+        return settings.wandb
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = "WANDB_API_KEY" in os.environ or (netrc.exists() and "api.wandb.ai" in netrc.read_text())
+    mode = "online" if has_key else "offline"
+    log.info("Weights & Biases: %s (%s)", mode, "a key is configured" if has_key else "no key: `wandb login`")
+    return mode
+
+
+class RunLog:
+    """Writes rows and pictures of one run. Made on rank 0 only.
+
+    Args:
+        folder: the run's folder.
+        settings: mirrors.
+        project: W&B project.
+        wandb_id: W&B id to go on with, or None for a new one.
+        step: the step the run starts or goes on at.
+        config: resolved config, shown by W&B.
+    """
+
+    def __init__(
+        self, folder: Path, settings: LogSettings, project: str, wandb_id: str | None, step: int, config: dict[str, Any]
+    ) -> None:
+        trim_metrics(folder / "metrics.jsonl", step)
+        self._rows = (folder / "metrics.jsonl").open("a")
+        self.folder, self._board, self._wandb = folder, None, None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
+        mode = wandb_mode(settings)
+        if mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=project,
+                name=folder.name,
+                id=wandb_id,
+                resume="allow" if wandb_id else None,
+                dir=folder,
+                mode=mode,  # type: ignore[arg-type]
+                config=config,
+            )
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The id under which W&B goes on."""
+        return self._wandb.id if self._wandb else None
+
+    def write(self, clock: dict[str, Any], values: dict[str, float]) -> None:
+        """One row: `clock` has step, images, epoch, time; `values` are named `train/loss_total`.
+
+        A value that is not finite is written as null: JSON has no NaN.
+        """
+        row = {**clock, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        if self._board:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, clock["step"])
+        if self._wandb:
+            self._wandb.log({**values, "images": clock["images"], "epoch": clock["epoch"]}, step=clock["step"])
+
+    def picture(self, name: str, image_hwc: np.ndarray, step: int) -> None:
+        """A picture (H, W, 3) uint8: samples/NAME_STEP.png and the mirrors."""
+        from PIL import Image
+
+        file = self.folder / "samples" / f"{name}_{step:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(image_hwc).save(file)
+        if self._board:
+            self._board.add_image(name, image_hwc, step, dataformats="HWC")
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image_hwc)}, step=step)
+
+    def close(self) -> None:
+        """Flush and close all."""
+        self._rows.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()

@@ -1,0 +1,82 @@
+"""What a stage brings to a training run: its models, updates, random numbers, pictures and scores."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqvae.backends import Backend, Precision
+from rqvae.models.ema import EMA
+from rqvae.randomness import Draw
+from rqvae.trainers.settings import EmaSettings
+from rqvae.trainers.updates import Update
+
+
+@dataclass
+class Parts:
+    """One stage, assembled for training.
+
+    Args:
+        modules: bare modules to save, by name; the first one is averaged and evaluated.
+        updates: in the order of a step.
+        ema: averages of the first module.
+        draws: random numbers needed per sample.
+        counted: modules whose parameters the start banner counts, by name.
+        picture: name of the grid and the function that makes it.
+        evaluate: scores by name.
+        facts: goes into every checkpoint's meta.json.
+        must_match: facts that a resumed run must share.
+        before_start: done once, on a run that starts at step 0.
+    """
+
+    modules: Mapping[str, nn.Module]
+    updates: list[Update]
+    ema: list[EMA]
+    draws: dict[str, Draw]
+    counted: Mapping[str, nn.Module]
+    picture: tuple[str, Callable[[], np.ndarray]]
+    evaluate: Callable[[], Mapping[str, float]] | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    must_match: tuple[str, ...] = ()
+    before_start: Callable[[], None] | None = None
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """The first module computes with its first average, in eval mode, without gradients."""
+        module = next(iter(self.modules.values()))
+        average = self.ema[0].applied() if self.ema else contextlib.nullcontext()
+        with average, torch.no_grad():
+            module.eval()
+            try:
+                yield
+            finally:
+                module.train()
+
+
+def float_type(precision: Precision) -> torch.dtype:
+    """The type of weights: fp32 also where compute is bf16."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def make_ema(module: nn.Module, settings: EmaSettings) -> list[EMA]:
+    """One average for each decay."""
+    return [EMA(module, decay, settings.warmup) for decay in settings.decays]
+
+
+def on_main(backend: Backend, action: Callable[[], Any]) -> Any:
+    """`action()` on rank 0, its result on every rank; its error ends every rank, and only rank 0 reports it."""
+    result, error = None, None
+    if backend.rank == 0:
+        try:
+            result = action()
+        except Exception as problem:  # noqa: BLE001  (told to every rank, then raised again)
+            error = problem
+    if backend.broadcast(error is not None):
+        raise error if error is not None else SystemExit(1)
+    return backend.broadcast(result)

@@ -1,0 +1,157 @@
+"""A run's folder: its name, its lock, and which earlier run the same command goes on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from rqvae.errors import BadInput
+
+# Keys that say where and with how many processes a run is computed, not what is computed.
+_PLACE_KEYS = {"workers", "threads", "root", "stage1_checkpoint", "trunk_weights", "progress", "stop_check_seconds"}
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where a run lives: `save_dir/project/run_name_TIME`."""
+
+    save_dir: Path
+    project: str
+    run_name: str
+
+    @property
+    def parent(self) -> Path:
+        """The project's folder."""
+        return self.save_dir / self.project
+
+    def check_writable(self) -> None:
+        """Raise BadInput unless the folder can be made and written."""
+        nearest = self.parent
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise BadInput(f"SAVE_DIR {self.save_dir}: expected a folder that can be written, {nearest} is not")
+
+    def earlier(self) -> list[Path]:
+        """Runs of this name, newest first."""
+        found = [p for p in self.parent.glob(f"{self.run_name}_*") if (p / "config.yaml").exists()]
+        return sorted((p for p in found if _is_time(p.name[len(self.run_name) + 1 :])), reverse=True)
+
+    def new(self) -> Path:
+        """A folder name that does not exist yet, with the present time."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = self.parent / f"{self.run_name}_{stamp}"
+        return folder if not folder.exists() else self.parent / f"{self.run_name}_{stamp}-{os.getpid()}"
+
+
+def _is_time(text: str) -> bool:
+    return len(text) >= 15 and text[:8].isdigit() and text[8] == "-" and text[9:15].isdigit()
+
+
+def what_is_computed(config: Any) -> Any:
+    """The resolved config without the keys that only say where, and with how many processes, it is computed."""
+    if isinstance(config, dict):
+        return {k: what_is_computed(v) for k, v in config.items() if k not in _PLACE_KEYS}
+    return [what_is_computed(item) for item in config] if isinstance(config, list) else config
+
+
+def same_config(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the run in `folder` computes what `config` computes."""
+    return what_is_computed(read_config(folder)) == what_is_computed(_plain(config))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's resolved config."""
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key that differs."""
+    rows = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            rows += changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            rows.append(f"{prefix}{key}: {a} -> {b}")
+    return rows
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The config as it reads after a round trip through YAML."""
+    return yaml.safe_load(yaml.safe_dump(config))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run reached its last step."""
+    return (folder / "FINISHED").exists()
+
+
+def write_new(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
+    """Make a run's folder with its resolved config and environment."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1))
+
+
+def note_wandb_id(folder: Path, wandb_id: str | None) -> None:
+    """Keep the W&B id, under which the same command goes on."""
+    path = folder / "environment.json"
+    environment = {**json.loads(path.read_text()), "wandb_id": wandb_id}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(environment, indent=1))
+    os.replace(temporary, path)
+
+
+def describe_environment(**more: Any) -> dict[str, Any]:
+    """Versions, commit, machine and command line, and what `more` adds."""
+    try:
+        commit = subprocess.run(  # noqa: S603
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "commit": commit,
+        "argv": sys.argv,
+        **more,
+    }
+
+
+class RunLock:
+    """An OS lock on the run's folder, freed by any death of the process that holds it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raise BadInput when another process trains in this folder."""
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise BadInput(f"{self.path.parent}: another run is training in this folder (it holds {self.path})") from None
+        self._file = file
+
+    def release(self) -> None:
+        """Free the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,130 @@
+"""Training of an autoencoder: reconstruction, latent, perceptual and adversarial losses.
+
+One step is: forward, compute_loss, `loss_total + lpips_weight * loss_lpips + gan_weight * loss_gan`, update; a second
+forward without gradient on the same batch, discriminator update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.backends import Backend
+from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.models.interfaces import Stage1Model
+from rqvae.models.losses.adaptive import last_layer_weight, reconstruction_weight
+from rqvae.models.losses.gan import discriminator_loss, generator_loss
+from rqvae.run import GanSettings, LpipsSettings, Stage1Run
+from rqvae.trainers.clock import Clock
+from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid, reconstruction_scores
+from rqvae.trainers.parts import Parts, float_type, make_ema
+from rqvae.trainers.updates import StepLosses, Update
+
+
+@dataclass
+class Stage1Objective:
+    """What the autoencoder and the discriminator minimise.
+
+    Args:
+        backend: for the mean of gradients over ranks.
+        stage1: the bare autoencoder.
+        wrapped_stage1: the one whose backward averages gradients.
+        lpips: perceptual loss with its weight, loaded, or None.
+        gan: adversarial loss, or None.
+        wrapped_discriminator: the one whose backward averages gradients.
+        gan_starts: first step with an adversarial loss.
+        clock: time.
+    """
+
+    backend: Backend
+    stage1: Stage1Model
+    wrapped_stage1: nn.Module
+    lpips: LpipsSettings | None
+    gan: GanSettings | None
+    wrapped_discriminator: nn.Module | None
+    gan_starts: int
+    clock: Clock
+    _recons: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def autoencoder_loss(self, batch: LabeledImageData, micro: int) -> StepLosses:
+        """Total loss of the autoencoder on micro-batch number `micro` of the step."""
+        output = self.wrapped_stage1(batch)
+        losses, images = self.stage1.compute_loss(output, batch), batch.require_img()
+        total, recon = losses.loss_total, losses.loss_recon
+        parts = {"loss_recon": losses.loss_recon, "loss_latent": losses.loss_latent}
+        if self.lpips:
+            parts["loss_lpips"] = self.lpips.loss(output.xs_recon, images)
+            total = total + self.lpips.weight * parts["loss_lpips"]
+            recon = recon + self.lpips.weight * parts["loss_lpips"]
+        if self.gan and self.clock.step >= self.gan_starts:
+            parts["loss_gan"] = generator_loss(self.gan.loss, self.gan.discriminator(output.xs_recon))
+            weight = self.gan.weight * self._adaptive_factor(recon, parts["loss_gan"], output.xs_recon)
+            parts["gan_weight"] = weight
+            total = total + weight * parts["loss_gan"]
+            if self.gan.reuse_forward:
+                self._recons[micro] = output.xs_recon.detach()
+        return StepLosses(total, {"loss_total": total, **parts})
+
+    def _adaptive_factor(self, recon: Tensor, adversarial: Tensor, xs_recon: Tensor) -> Tensor:
+        assert self.gan is not None
+        if self.gan.weighting == "last_layer":
+            return last_layer_weight(recon, adversarial, self.stage1.get_last_layer(), self._mean)
+        if self.gan.weighting == "reconstruction":
+            return reconstruction_weight(recon, adversarial, xs_recon, self._mean)
+        return torch.ones_like(recon)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return self.backend.all_reduce(x, "mean")
+
+    def discriminator_loss(self, batch: LabeledImageData, micro: int) -> StepLosses:
+        """Loss of the discriminator on the images that the autoencoder has just learnt from."""
+        assert self.gan is not None
+        assert self.wrapped_discriminator is not None
+        images = batch.require_img()
+        if self.gan.reuse_forward:
+            recon = self._recons.pop(micro)
+        else:
+            with torch.no_grad():
+                recon = self.stage1(batch).xs_recon
+        # one call of the wrapped module, so that its gradient hooks fire once
+        real, fake = self.wrapped_discriminator(torch.cat([images, recon])).chunk(2)
+        loss = discriminator_loss(self.gan.loss, real, fake)
+        return StepLosses(loss, {"loss_disc": loss, "logits_real": real.mean(), "logits_fake": fake.mean()})
+
+
+def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
+    """Models, updates, pictures and scores of a Stage1 run, on this rank's device."""
+    image_shape = run.data.make("train")[0].spec.image_shape
+    run.stage1.latent_shape(image_shape)
+    dtype = float_type(run.train.precision)
+    stage1 = run.stage1.to(backend.device, dtype).train()
+    if run.train.channels_last:
+        stage1.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if run.lpips:
+        run.lpips.loss.load().to(backend.device, dtype)
+    wrapped = backend.wrap(stage1)
+    modules: dict[str, nn.Module] = {"stage1": stage1}
+    starts, wrapped_discriminator = 0, None
+    if run.gan:
+        modules["discriminator"] = run.gan.discriminator.to(backend.device, dtype).train()
+        wrapped_discriminator = backend.wrap(modules["discriminator"])
+        starts = clock.starting_at(run.gan.disc_start)
+    objective = Stage1Objective(backend, stage1, wrapped, run.lpips, run.gan, wrapped_discriminator, starts, clock)
+    updates = [Update("autoencoder", stage1, wrapped, objective.autoencoder_loss, run.updates.autoencoder)]
+    if wrapped_discriminator is not None:
+        loss, settings = objective.discriminator_loss, run.updates.discriminator
+        module = modules["discriminator"]
+        updates.append(Update("discriminator", module, wrapped_discriminator, loss, settings, starts))
+    val = SplitWalk(run.data, "val", backend, dtype)
+    return Parts(
+        modules=modules,
+        updates=updates,
+        ema=make_ema(stage1, run.ema),
+        draws=stage1.draws(image_shape),
+        counted=modules,
+        picture=("reconstructions", lambda: reconstruction_grid(stage1, val, run.pictures.images)),
+        evaluate=lambda: reconstruction_scores(stage1, val, run.online_eval.images, run.online_eval.metrics, "val/"),
+        facts={"stage": 1, "model": type(stage1).__qualname__},
+    )

@@ -1,0 +1,113 @@
+"""Training of a generator on the latents of a frozen autoencoder.
+
+One step is: encode, connector.forward, Stage2.forward, compute_loss, update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from rqvae.backends import Backend
+from rqvae.errors import BadInput
+from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.metrics.grids import image_grid
+from rqvae.models.connectors.statistics import channel_statistics
+from rqvae.models.two_stage import TwoStage
+from rqvae.randomness import Draw, fold, generator, normal
+from rqvae.run import Stage2Run
+from rqvae.trainers.clock import Clock
+from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1
+from rqvae.trainers.parts import Parts, float_type, make_ema
+from rqvae.trainers.updates import StepLosses, Update
+
+
+@dataclass
+class Stage2Objective:
+    """What the generator minimises.
+
+    Args:
+        two_stage: the frozen autoencoder, the connector and the bare generator.
+        wrapped: the generator whose backward averages gradients.
+    """
+
+    two_stage: TwoStage
+    wrapped: nn.Module
+
+    def loss(self, batch: LabeledImageData, micro: int) -> StepLosses:  # noqa: ARG002
+        """Loss of one micro-batch."""
+        losses, output = self.two_stage.training_loss(batch, self.wrapped)
+        t = (output.additional_attr or {}).get("t")
+        return StepLosses(losses.loss_total, {"loss_total": losses.loss_total}, losses.per_sample, t)
+
+
+def make_two_stage(run: Stage2Run) -> TwoStage:
+    """The three parts of the config; shapes flow from the data to the generator. Weights from the run's seed."""
+    spec = run.data.make("train")[0].spec
+    latent_shape = run.connector.latent_shape(run.stage1.latent_shape(spec.image_shape))
+    torch.manual_seed(fold(run.train.seed, "weights", "stage2"))
+    return TwoStage(run.stage1, run.connector, run.stage2(latent_shape, spec), spec.image_shape)
+
+
+def join_draws(*parts: dict[str, Draw]) -> dict[str, Draw]:
+    """The random numbers of several modules; a name may be asked for once."""
+    joined: dict[str, Draw] = {}
+    for part in parts:
+        if twice := joined.keys() & part.keys():
+            raise BadInput(f"stage2: random numbers {sorted(twice)} are asked for by Stage1 and by Stage2")
+        joined |= part
+    return joined
+
+
+def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG001  (the same signature as Stage1's)
+    """Models, updates and pictures of a Stage2 run, on this rank's device."""
+    stage1_hash = load_stage1(run.stage1, run.stage1_checkpoint)
+    dtype = float_type(run.train.precision)
+    two_stage = make_two_stage(run).to(backend.device, dtype)
+    two_stage.stage2.train()
+    wrapped = backend.wrap(two_stage.stage2)
+    objective = Stage2Objective(two_stage, wrapped)
+    image_shape = run.data.make("train")[0].spec.image_shape
+    draws = join_draws(run.stage1.draws(image_shape), two_stage.stage2.draws(two_stage.latent_shape))
+    val = SplitWalk(run.data, "val", backend, dtype)
+    return Parts(
+        modules={"stage2": two_stage.stage2, "connector": two_stage.connector},
+        updates=[Update("generator", two_stage.stage2, wrapped, objective.loss, run.updates.generator)],
+        ema=make_ema(two_stage.stage2, run.ema),
+        draws=draws,
+        counted={"stage1": run.stage1, "connector": two_stage.connector, "stage2": two_stage.stage2},
+        picture=("samples", lambda: sample_grid(two_stage, val, run.pictures.images, run.train.seed)),
+        evaluate=None,
+        facts={"stage": 2, "model": type(two_stage.stage2).__qualname__, "stage1_sha256": stage1_hash},
+        must_match=("stage1_sha256",),
+        before_start=lambda: estimate_statistics(two_stage, SplitWalk(run.data, "train", backend, dtype)),
+    )
+
+
+@torch.no_grad()
+def estimate_statistics(two_stage: TwoStage, walk: SplitWalk) -> None:
+    """Give the connector the per-channel mean and std of Stage1's latents over the split, in one pass on all ranks."""
+    if not two_stage.connector.needs_statistics():
+        return
+    encode, backend = two_stage.stage1.encode, walk.backend
+    latents = (encode(LabeledImageData(img=batch.img)).zs[valid] for batch, valid in walk.batches() if valid.any())
+    _, mean_c, std_c = channel_statistics(latents, lambda x: backend.all_reduce(x.to(backend.device)).cpu())
+    two_stage.connector.set_statistics(mean_c, std_c)
+
+
+def seeded_noise(two_stage: TwoStage, seed: int, count: int) -> torch.Tensor:
+    """(count, C, h, w) noise on the host; picture i's numbers depend on (seed, i) alone."""
+    shape = tuple(two_stage.latent_shape)
+    return torch.stack([normal(shape, generator=generator(seed, "pictures", i)) for i in range(count)])
+
+
+@torch.no_grad()
+def sample_grid(two_stage: TwoStage, walk: SplitWalk, images: int, seed: int) -> np.ndarray:
+    """(H, W, 3) uint8: samples under the conditions of the split's first images; the noise is the same every time."""
+    batch = walk.first(images)
+    noise = seeded_noise(two_stage, seed, len(batch)).to(walk.backend.device, walk.dtype)
+    pictures = two_stage.decode(two_stage.sample(batch.condition, noise))
+    return image_grid(as_pictures(pictures), columns=max(1, round(len(pictures) ** 0.5)))

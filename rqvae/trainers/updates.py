@@ -1,0 +1,145 @@
+"""One optimizer and what it minimises. A GAN is two of these in a list, not a branch in the loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.errors import BadInput
+from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.trainers.clock import Clock
+from rqvae.trainers.schedules import Constant, Schedule
+
+
+@dataclass
+class StepLosses:
+    """What one micro-batch gives.
+
+    Args:
+        total: scalar to minimise.
+        parts: scalars to log.
+        per_sample: (B,) loss of each sample, where there is one.
+        t: (B,) diffusion time of each sample, where there is one.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    per_sample: Tensor | None = None
+    t: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """An optimizer.
+
+    Args:
+        lr: learning rate of AdamW before the schedule's factor.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        eps: of AdamW.
+        clip: gradients are clipped to this norm, after their mean over ranks; null does not clip.
+        schedule: factor of the learning rate over the run.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    schedule: Schedule = field(default_factory=Constant)
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise BadInput(f"lr: expected more than 0, got {self.lr}")
+        if self.clip is not None and self.clip <= 0:
+            raise BadInput(f"clip: expected more than 0 or null, got {self.clip}")
+
+
+MakeOptimizer = Callable[[Sequence[nn.Parameter], UpdateSettings], torch.optim.Optimizer]
+
+
+def fused_adamw(params: Sequence[nn.Parameter], settings: UpdateSettings) -> torch.optim.Optimizer:
+    """AdamW in one kernel; the plain one may read its step counter on the host."""
+    return torch.optim.AdamW(
+        params,
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+@dataclass
+class Update:
+    """One optimizer, the module it trains and the loss it minimises.
+
+    Args:
+        name: in logs and checkpoints, for example `autoencoder`.
+        module: the bare module; its trainable parameters are the update's.
+        wrapped: the module whose backward averages gradients over ranks; what `loss` calls.
+        loss: of a micro-batch and its number in the step.
+        settings: optimizer settings.
+        starts: first optimizer step (0 is the run's first) at which this update is done.
+    """
+
+    name: str
+    module: nn.Module
+    wrapped: nn.Module
+    loss: Callable[[LabeledImageData, int], StepLosses]
+    settings: UpdateSettings
+    starts: int = 0
+    make_optimizer: MakeOptimizer = fused_adamw
+    params: list[nn.Parameter] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.params = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer = self.make_optimizer(self.params, self.settings)
+
+    def schedule(self, clock: Clock) -> float:
+        """Set the learning rate of the step that `clock` is at, and return it."""
+        lr = self.settings.lr * self.settings.schedule.factor(clock.step, clock)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The optimizer's tensors, named `parameter.state` by the module's own parameter names."""
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        return {
+            f"{names[id(p)]}.{key}": value
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the optimizer's tensors of a checkpoint; an empty dict belongs to an update that had not started."""
+        names = {name: p for name, p in self.module.named_parameters()}
+        self.optimizer.state.clear()
+        for full, value in state.items():
+            name, _, key = full.rpartition(".")
+            # a copy: fused AdamW updates its state in place, and a tensor read from a file may be a view of it
+            self.optimizer.state[names[name]][key] = value.clone()
+
+
+@contextlib.contextmanager
+def only_grads(update: Update, among: Sequence[Update]) -> Iterator[None]:
+    """Within this context only the parameters of `update` require gradients, among those that are trained."""
+    for other in among:
+        for p in other.params:
+            p.requires_grad_(other is update)
+    try:
+        yield
+    finally:
+        for other in among:
+            for p in other.params:
+                p.requires_grad_(True)
+
+
