@@ -17,7 +17,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	touch $@
 
 demo: setup
-	$(PY) -m benchmarks.demo
+	$(PY) -m rqvae demo
 
 lint: setup
 	$(PY) -m ruff check .

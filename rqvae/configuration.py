@@ -143,7 +143,9 @@ def _one_line(message: str) -> str:
     text = " ".join(message.split())
     text = re.sub(r"^Parser key \"([\w.\[\]]+)\":? ?", r"\1: ", text)
     text = re.sub(r"Problem with given class_path '([\w.]+)': ", r"\1: ", text)
-    text = re.sub(r"Does not validate against any of the Union subtypes.*? Errors: - [\w.]+: (.*?) - Expected a <class 'NoneType'>.*", r"\1", text)
+    union = re.search(r"Does not validate against any of the Union subtypes.*? Errors: - \S+: (.*?) - Expected", text)
+    if union:
+        text = text[: union.start()] + union[1]
     text = re.sub(r"Type \S.*? expects a function or a callable class: (.*?)\.? Got value: .*", r"\1", text)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m[1] or "one of ", text)
@@ -152,7 +154,9 @@ def _one_line(message: str) -> str:
 
 def _names_near(schema: type, message: str) -> str:
     """`; did you mean X?` for a name that is close to a known one."""
-    wrong = re.findall(r"(?:[Oo]ption|[Kk]ey|argument)s?:? '?\"?(?:--)?([\w.]+?)'?\"?(?= is not|;|:? not|\.?$| )", message)
+    wrong = re.findall(
+        r"(?:[Oo]ption|[Kk]ey|argument)s?:? '?\"?(?:--)?([\w.]+?)'?\"?(?= is not|;|:? not|\.?$| )", message
+    )
     wrong += re.findall(r"Unrecognized arguments: --([\w.]+)", message)
     classes = [c for c in map(_find, re.findall(r"'((?:\w+\.)+\w+)'", message)) if inspect.isclass(c)]
     known = {name for c in classes for name in inspect.signature(c.__init__).parameters} or _all_keys(schema)

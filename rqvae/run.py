@@ -1,4 +1,4 @@
-"""The typed schema of an experiment. Every key of a config is a field here or a constructor argument of the class it names."""
+"""The typed schema of an experiment: every key of a config is a field here, or an argument of the class it names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Literal
 from torch import nn
 
 from rqvae.callbacks.interfaces import Intervention, Observer
+from rqvae.durations import Duration, DurationText
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import DataSpec, LabeledImageDataset, LatentShape, Split, Transform
 from rqvae.img_datasets.transforms import TestTransform, TrainTransform, ValTransform
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
-from rqvae.models.losses.lpips import LPIPSLoss
-from rqvae.durations import DurationText
 from rqvae.trainers.settings import (
     CheckpointSettings,
     EmaSettings,
@@ -65,11 +64,13 @@ class LpipsSettings:
 
     Args:
         weight: of the loss in the autoencoder's total.
-        loss: which network, and where its weights are.
+        net: vgg, the usual choice for a loss, or alex.
+        trunk_weights: file with the network's weights; null is where torchvision itself would cache it.
     """
 
     weight: float = 1.0
-    loss: LPIPSLoss = field(default_factory=LPIPSLoss)
+    net: Literal["vgg", "alex"] = "vgg"
+    trunk_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class GanSettings:
         discriminator: the network that tells real images from reconstructions.
         loss: hinge (Lim & Ye 2017) or non_saturating (Goodfellow et al. 2014).
         weight: of the generator's loss in the autoencoder's total, before the adaptive factor.
-        weighting: adaptive factor. last_layer: ratio of the gradients' norms at the last layer (Esser et al. 2021, eq. 7);
+        weighting: adaptive factor. last_layer: ratio of the gradients' norms at the last layer (Esser et al. 2021,
+            eq. 7);
             reconstruction: the same ratio at the reconstructed image, needs no parameter; fixed: none.
         disc_start: when the discriminator begins to learn and to be learnt from.
         reuse_forward: score the reconstructions of the autoencoder's own step, instead of a second forward.
@@ -92,6 +94,13 @@ class GanSettings:
     weighting: Literal["last_layer", "reconstruction", "fixed"] = "last_layer"
     disc_start: DurationText = 0
     reuse_forward: bool = False
+
+    def __post_init__(self) -> None:
+        if str(self.disc_start).strip() != "0":
+            try:
+                Duration.parse(self.disc_start)
+            except BadInput as error:
+                raise BadInput(f"gan.disc_start: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class Stage2Run:
         stage1: the autoencoder, frozen.
         stage2: class of the generator; it is made with the latent's shape and the dataset's `DataSpec`.
         stage1_checkpoint: run or checkpoint folder of the autoencoder; null for one without parameters.
-        connector: between the two latents.
+        connector: between the two latents; null is the identity.
         updates: optimizers.
         train: length, precision, seed.
         ema: running averages of the generator.
@@ -180,7 +189,7 @@ class Stage2Run:
     stage1: Stage1Model
     stage2: Callable[[LatentShape, DataSpec], Stage2Model]
     stage1_checkpoint: str | None = None
-    connector: base_connector = field(default_factory=base_connector)
+    connector: base_connector | None = None
     updates: Stage2Updates = field(default_factory=Stage2Updates)
     train: TrainSettings = field(default_factory=TrainSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)

@@ -176,12 +176,14 @@ def test_last_layer_weight_is_that_of_the_whole_batch(ranks: int) -> None:
 
 
 def test_ratio_of_local_norms_would_be_another_number() -> None:
-    # What the averaging of gradients is for: if this passes with local weights, the test above shows nothing.
+    # If local weights averaged to the same, the test above would show nothing.
     whole = toy_losses(toy()[3])
     halves = [toy_losses(x) for x in split(2)]
-    weight = last_layer_weight(whole[0], whole[1], whole[3].weight, identity)
-    local = torch.stack([last_layer_weight(r, g, last.weight, identity) for r, g, _, last in halves]).mean()
-    assert abs(local / weight - 1) > 1e-4
+    weight, *local = [
+        last_layer_weight(recon, gan, last.get_parameter("weight"), identity)
+        for recon, gan, _, last in (whole, *halves)
+    ]
+    assert abs(torch.stack(local).mean() / weight - 1) > 1e-4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -212,7 +214,7 @@ def test_weights_are_finite_at_vanishing_gradients_and_the_graph_survives() -> N
     assert reconstruction_weight(none, none, xs_recon, identity).item() == 0
     assert last.grad is None
     (recon + none).backward()
-    assert torch.equal(last.grad, torch.full((3,), 2.0))
+    torch.testing.assert_close(last.grad, torch.full((3,), 2.0))
 
 
 # ---- LPIPS ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_outputs_equal_diffusers_autoencoder_kl(multipliers: list[int], blocks: 
         for p in vae.parameters():
             p.add_(0.1 * torch.randn_like(p))
     levels = len(multipliers)
-    reference = AutoencoderKL(
+    reference: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(8 * m for m in multipliers),
@@ -135,8 +136,8 @@ def test_outputs_equal_diffusers_autoencoder_kl(multipliers: list[int], blocks: 
         latent_channels=3,
         norm_num_groups=4,
         mid_block_add_attention=attention,
-    ).eval()
-    reference.load_state_dict(diffusers_state(vae, levels, blocks, attention))
+    )
+    reference.eval().load_state_dict(diffusers_state(vae, levels, blocks, attention))
     images_bchw = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
         posterior = reference.encode(2 * images_bchw - 1).latent_dist

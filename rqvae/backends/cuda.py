@@ -14,6 +14,7 @@ class CudaBackend(EagerBackend):
     name = "cuda"
     device_type = "cuda"
     process_group = "nccl"
+    pin_memory = True
 
     def choose_device(self, local_rank: int) -> torch.device:
         if not torch.cuda.is_available():

@@ -32,6 +32,7 @@ class EagerBackend:
     name: str
     device_type: str
     process_group: str
+    pin_memory = False
 
     def __init__(self, precision: Precision = "fp32", threads: int = 0, timeout: float = 600.0) -> None:
         self.precision: Precision = precision

@@ -25,12 +25,16 @@ class Movable(Protocol):
 
 
 class Backend(Protocol):
-    """One process's view of its device and of the other processes."""
+    """One process's view of its device and of the other processes.
+
+    `pin_memory`: whether batches in page-locked memory reach the device faster.
+    """
 
     name: str
     device: torch.device
     rank: int
     world_size: int
+    pin_memory: bool
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Make the ranks' weights equal (rank 0's) and return the module whose backward averages gradients."""

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+
 def in_job() -> bool:
     """Whether a launcher (ours, torchrun, SLURM with torchrun) started this process as a rank of a job."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -56,7 +57,7 @@ def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> in
 
 
 def _report(error: ChildFailedError, folder: Path) -> int:
-    """Say why the first failing rank failed and return its code; torchrun reports a signal's death as a negative one."""
+    """Say why the first rank failed and return its code; torchrun reports death by a signal as a negative one."""
     rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
     words, code = folder / f"rank_{rank}", first.exitcode
     if words.exists():

@@ -16,13 +16,15 @@ from rqvae.img_datasets.interfaces import LabeledImageData
 class ClockView(Protocol):
     """The clock, to be read."""
 
-    @property
-    def step(self) -> int: ...
-    @property
-    def epoch(self) -> float: ...
     images: int
     batch_size: int
     total_steps: int
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def epoch(self) -> float: ...
 
     def due(self, every: Duration) -> bool: ...
 
@@ -38,9 +40,14 @@ class UpdateView(Protocol):
 class RunView(Protocol):
     """What observers see of a run. Collective methods are called by every rank or by none."""
 
-    clock: ClockView
-    folder: Path
-    is_main: bool
+    @property
+    def clock(self) -> ClockView: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def is_main(self) -> bool: ...
 
     def log_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Add values to the row of the present step."""
@@ -52,7 +59,7 @@ class RunView(Protocol):
 
 
 class Observer:
-    """Watches. It may change nothing: a run with all observers and one with none end in the same weights, bit by bit."""
+    """Watches and changes nothing: a run with all observers and one with none end in the same weights, bit by bit."""
 
     def on_fit_start(self, run: RunView) -> None:
         """Before the first step of this process."""

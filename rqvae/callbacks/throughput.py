@@ -48,7 +48,9 @@ class Progress(Observer):
     def on_fit_start(self, run: RunView) -> None:
         if run.is_main:
             clock = run.clock
-            self._bar = tqdm(total=clock.total_steps, initial=clock.step, desc=run.folder.name, unit="it", mininterval=1)
+            self._bar = tqdm(
+                total=clock.total_steps, initial=clock.step, desc=run.folder.name, unit="it", mininterval=1
+            )
             self._since, self._images = time.monotonic(), clock.images
 
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002

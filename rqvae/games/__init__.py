@@ -1,1 +1,1 @@
-"""Games to record frames from."""
+"""Games that run inside the package, the players that record them, and the recorder."""

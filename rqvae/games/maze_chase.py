@@ -38,9 +38,8 @@ PLAYER_EYE: Colour = (10, 60, 40)
 GHOST_EYE: Colour = (250, 250, 250)
 GHOSTS: tuple[Colour, ...] = ((238, 70, 86), (240, 128, 40), (226, 104, 226), (70, 200, 240))
 
-# Half of a ghost's choices are random: a ghost that always takes the shortest way catches a random walker within
-# seconds, and a recording then holds hardly an episode as long as the 64 frames of a dream that is judged.
 CHASE = 0.5
+"""Share of a ghost's choices that lead towards the player; the others are random."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class MazeState:
     Args:
         maze: (cells per side, maze seed): which maze the state belongs to.
         player: the player's cell.
-        facing: the direction in which the player goes on, NOOP before the first move.
+        facing: the direction in which the player goes on.
         ghosts: each ghost's cell.
         headings: each ghost's direction, NOOP before its first move.
         dots: one byte a cell, 1 where a dot is left.
@@ -109,7 +108,7 @@ class MazeChase:
         self._ways = _ways(self.walls)
         self._open = [int(i) for i in np.flatnonzero(~self.walls)]
         self._empty = _draw_walls(self.walls)
-        self._player_sprites = {facing: _player_sprite(facing) for facing in OPPOSITE}
+        self._player_sprites = {facing: _player_sprite(facing) for facing in MOVES}
         self._ghost_sprites = [_ghost_sprite(GHOSTS[i % len(GHOSTS)]) for i in range(num_ghosts)]
         self.reset(seed)
 
@@ -119,7 +118,7 @@ class MazeChase:
         self._player = self._pick(self._open)
         far = sorted(self._open, key=self._distance)[-max(1, len(self._open) // 4) :]
         self._ghosts = [self._pick(far) for _ in range(self.num_ghosts)]
-        self._facing = NOOP
+        self._facing = self._pick(list(self._ways[self._player]))
         self._headings = [NOOP] * self.num_ghosts
         self._steps, self._over = 0, False
         self._dots = bytearray(self.cells**2)
@@ -194,6 +193,12 @@ class MazeChase:
         self._rng.bit_generator.state = state.generator
         self._paint()
 
+    def is_safe(self, action: int) -> bool:
+        """Whether no ghost can catch the player in a step with `action`."""
+        ways = self._ways[self._player]
+        there = ways.get(action if action in ways else self._facing, self._player)
+        return not any(ghost == there or there in self._ways[ghost].values() for ghost in self._ghosts)
+
     def _pick(self, cells: list[int]) -> int:
         # Only `random()`: of numpy's generator methods it alone is 53 raw bits, without an algorithm that may change.
         return cells[int(self._rng.random() * len(cells))]
@@ -259,29 +264,31 @@ def _ways(walls: Grid) -> dict[int, dict[int, int]]:
 
 @cache
 def make_maze(cells: int, seed: int) -> Grid:
-    """A maze (cells, cells), True where a wall is: mirror-symmetric, connected, with loops and without dead ends.
+    """A maze (cells, cells), True where a wall is: connected, with loops, without dead ends, the same upside down.
 
     Of several tries (64 for 8 x 8 cells, fewer for larger mazes) the one with the fewest open 2x2 blocks is kept, and of
-    those the one with the most open cells.
+    those the one with the most junctions.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     tries = [_try_maze(cells, rng) for _ in range(max(1, 4096 // cells**2))]
-    walls = min(tries, key=lambda maze: (_open_blocks(maze).sum(), maze.sum()))
+    walls = min(tries, key=lambda maze: (_open_blocks(maze).sum(), -_junctions(maze), maze.sum()))
     walls.setflags(write=False)
     return walls
 
 
 def _try_maze(cells: int, rng: np.random.Generator) -> Grid:
-    """Open all cells inside the border, then close mirrored pairs in random order wherever they break up an open 2x2
+    """Open all cells inside the border, then close opposite pairs in random order wherever they break up an open 2x2
     block and leave neither a dead end nor two parts: what remains are mostly corridors one cell wide.
+
+    Opposite means turned by 180 degrees: with a left-right mirror and an even width the middle corridor is two cells wide.
     """
     walls = np.ones((cells, cells), dtype=np.bool_)
     walls[1:-1, 1:-1] = False
-    pairs = [(r, c) for r in range(1, cells - 1) for c in range(1, (cells + 1) // 2)]
+    pairs = [(r, c) for r in range(1, cells - 1) for c in range(1, cells - 1)]
     for _, (r, c) in sorted((rng.random(), pair) for pair in pairs):
         if not _open_blocks(walls)[r - 1 : r + 1, c - 1 : c + 1].any():
             continue
-        pair = r, [c, cells - 1 - c]
+        pair = [r, cells - 1 - r], [c, cells - 1 - c]
         walls[pair] = True
         walls[pair] = _is_playable(walls)
     return walls
@@ -290,6 +297,10 @@ def _try_maze(cells: int, rng: np.random.Generator) -> Grid:
 def _open_blocks(walls: Grid) -> Grid:
     """(cells - 1, cells - 1): whether the 2x2 block with this upper left cell is open."""
     return ~(walls[:-1, :-1] | walls[1:, :-1] | walls[:-1, 1:] | walls[1:, 1:])
+
+
+def _junctions(walls: Grid) -> int:
+    return sum(len(way) > 2 for way in _ways(walls).values())
 
 
 def _is_playable(walls: Grid) -> bool:
@@ -323,7 +334,7 @@ def _player_sprite(facing: int) -> Frame:
     """A round body whose dark eyes look where it goes."""
     sprite = _sprite((".##.", "####", "####", ".##."), {".": FLOOR, "#": PLAYER})
     eyes = {UP: ((1, 1), (1, 2)), DOWN: ((2, 1), (2, 2)), LEFT: ((1, 1), (2, 1)), RIGHT: ((1, 2), (2, 2))}
-    for row, column in eyes.get(facing, ()):
+    for row, column in eyes[facing]:
         sprite[row, column] = PLAYER_EYE
     return sprite
 

@@ -71,7 +71,7 @@ def make_loader(
     options: dict[str, Any] = {"worker_init_fn": _start_worker, "prefetch_factor": 4} if workers else {}
     return DataLoader(
         stream,
-        batch_sampler=positions,  # type: ignore[arg-type]
+        batch_sampler=positions,
         num_workers=workers,
         collate_fn=stream.collate_fn,
         pin_memory=pin_memory,

@@ -37,7 +37,7 @@ def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, TensorFields):
-        return replace(value, **{f.name: _apply(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var]
+        return replace(value, **{f.name: _apply(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var,arg-type]
     if isinstance(value, dict):
         return {key: _apply(item, change) for key, item in value.items()}
     return value
@@ -104,7 +104,8 @@ class ActionCondition(Condition):
     """The actions that lead to a frame, and the frames before it.
 
     Args:
-        context: (B, K, 3, H, W) history frames in [0, 1], or (B, K, C, h, w) once encoded; None where only actions are given.
+        context: (B, K, 3, H, W) history frames in [0, 1], or (B, K, C, h, w) once encoded; None where there are only
+            actions.
         actions: (B, K) int64 in [0, num_actions]; `num_actions` is the null action, which is never NOOP.
         mask: (B, K) bool; False where the history is missing.
         num_actions: how many real actions there are.
@@ -156,7 +157,8 @@ class LabeledImageData(TensorFields):
     """One sample (no batch axis), and after collating one batch.
 
     Args:
-        img: (B, 3, H, W) float in [0, 1]; a dataset may give uint8, the feed turns it into float. Stage1 models normalise inside.
+        img: (B, 3, H, W) float in [0, 1]; a dataset may give uint8, which the feed turns into float. Stage1 models
+            normalise inside.
         condition: `ClassCondition`, `ActionCondition`, `MaskCondition`, or None.
         img_path: where each image comes from.
         additional_attr: anything else.
@@ -176,7 +178,7 @@ class LabeledImageData(TensorFields):
     def __len__(self) -> int:
         for value in (self.img, self.sample_id, self.condition, self.encodings and self.encodings.zs):
             if value is not None:
-                return len(value)
+                return len(value)  # type: ignore[arg-type]
         raise ValueError("LabeledImageData: no field to take the batch size from")
 
     def require_img(self) -> Tensor:
@@ -223,7 +225,7 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
         raise NotImplementedError
 
     def open(self) -> None:
-        """Look at the disk: build the index, raise `BadInput` when something is missing. Called once, before training."""
+        """Look at the disk: build the index, raise `BadInput` if something is missing. Called before samples are read."""
 
     def fingerprint(self) -> str:
         """A text that changes when the data change; the cached statistics of a run are keyed by it."""
@@ -289,9 +291,7 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         sample = self.transform(sample, generator(self.seed, "augment", position))
         if sample.img is not None and sample.img.dtype == torch.uint8:
             sample = replace(sample, img=sample.img.float() / 255)
-        return replace(
-            sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None
-        )
+        return replace(sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None)
 
     @property
     def collate_fn(self) -> Collate:

@@ -24,8 +24,8 @@ WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 def to_uint8(images: Tensor) -> Tensor:
     """Images as they are stored: [0, 1] floats, clamped, to the nearest of 256 levels.
 
-    Halves go to the even level, as in `torch.round`. Truncation, which much published code uses instead, darkens by half
-    a level on average and limits PSNR to 52.9 dB where rounding allows 58.9.
+    Halves go to the even level, as in `torch.round`. Truncation, which much published code uses instead, darkens by
+    half a level on average and limits PSNR to 52.9 dB where rounding allows 58.9.
 
     Args:
         images: float, any shape. Finite: NaN has no 8-bit value; scores that must show it use `to_8bit_levels`.
@@ -37,16 +37,16 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def to_8bit_levels(images: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`to_uint8(images) / 255` without leaving floating point, so that NaN stays NaN and a broken model gets no score."""
+    """`to_uint8(images) / 255` that never leaves floating point: NaN stays NaN, and a broken model gets no score."""
     return images.clamp(0, 1).mul(255).round().to(dtype).div(255)
 
 
 def psnr(recon_bchw: Tensor, images_bchw: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Peak signal-to-noise ratio of each image, 10 log10(1 / MSE) over all its pixels and channels.
 
-    Two identical images have no finite PSNR, and one of them would make the mean of a split infinite: the MSE counts as
-    1e-10 at least, so the score is at most `MAX_PSNR`, 100 dB. One level of one channel of one pixel in a 128x128 image is
-    95 dB, so the limit hides no difference of images of that size.
+    Two identical images have no finite PSNR, and one such pair would make the mean of a split infinite: the MSE counts
+    as 1e-10 at least, so the score is at most `MAX_PSNR`, 100 dB. One level of one channel of one pixel of a 128x128
+    image is 95 dB, so the limit hides no difference of images of that size.
 
     Args:
         recon_bchw: (B, C, H, W) floats in [0, 1].

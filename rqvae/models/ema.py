@@ -28,7 +28,7 @@ class EMA:
             raise BadInput(f"ema.decays: expected numbers in [0, 1), got {decay}")
         self.decay, self.warmup = decay, warmup
         self.followed = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point()}
-        # fp32 whatever the weights are computed in: in bf16 an average of decay 0.999 stalls at 0.25 where 0.95 is right.
+        # fp32 whatever the weights are computed in: in bf16 an average of decay 0.999 stalls at 0.25, not 0.95.
         self.average = {
             k: v.detach().to(torch.promote_types(v.dtype, torch.float32)).clone() for k, v in self.followed.items()
         }

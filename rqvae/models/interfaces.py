@@ -160,10 +160,10 @@ class Stage1Model(nn.Module):
         return images.clamp(0, 1)
 
     def get_last_layer(self) -> nn.Parameter:
-        """The weight of the last layer, for the adaptive GAN weight of Esser et al. 2021 (taming transformers), eq. 7."""
+        """The last layer's weight, for the adaptive GAN weight of Esser et al. 2021 (taming transformers), eq. 7."""
         raise NotImplementedError(f"{type(self).__name__} has no last layer: use gan.weighting reconstruction or fixed")
 
-    def draws(self, image_shape: ImageShape) -> dict[str, Draw]:
+    def draws(self, image_shape: ImageShape) -> dict[str, Draw]:  # noqa: ARG002
         """The random numbers a training forward needs per sample."""
         return {}
 
@@ -211,6 +211,6 @@ class Stage2Model(nn.Module):
         """Generate from `noise` (B, C, h, w) under `inputs.condition`; `sampler` overrides the model's own."""
         raise NotImplementedError
 
-    def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:
+    def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:  # noqa: ARG002
         """The random numbers a training forward needs per sample."""
         return {}

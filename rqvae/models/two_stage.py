@@ -61,8 +61,9 @@ class TwoStage(nn.Module):
         """A batch as the dataset gives it -> the batch as Stage2 takes it. Call it once a batch.
 
         Args:
-            batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but not the connector.
-                Frames (B, K, 3, H, W) in `condition.context` are encoded, latents there are Stage2's and stay.
+            batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but not the
+                connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, latents there are Stage2's
+                and stay.
 
         Returns:
             The batch with Stage2's latents in `encodings`.

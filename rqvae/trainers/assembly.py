@@ -153,9 +153,7 @@ class TrainingJob:
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
         stream.draws = parts.draws
         meter = Meter(self.backend)
-        state = TrainState(
-            self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match
-        )
+        state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)
         if choice.load:
             state.load(choice.load, clock)
         elif parts.before_start:
@@ -213,7 +211,7 @@ class TrainingJob:
             backend=backend,
             updates=parts.updates,
             ema=parts.ema,
-            feed=Feed(stream, positions, run.data.workers, backend.feed, pin_memory=backend.device.type == "cuda"),
+            feed=Feed(stream, positions, run.data.workers, backend.feed, pin_memory=backend.pin_memory),
             clock=clock,
             state=state,
             session=Session(folder, self._lock, run.train.stop_check_seconds),

@@ -153,7 +153,7 @@ def load_into(module: nn.Module, tensors: Tensors, where: str) -> None:
 
 
 def prune(run: Path, keep_last: int, keep: set[Path]) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those in `keep`; half-written ones older than the newest go too."""
+    """Remove all but the newest `keep_last` checkpoints and those in `keep`; older half-written ones go too."""
     good = in_run(run)
     stay = set(good[-keep_last:]) | keep
     for folder in (run / "checkpoints").glob("step_*"):

@@ -10,6 +10,7 @@ from typing import Any
 from rqvae.durations import Duration, DurationText, Unit
 from rqvae.errors import BadInput
 
+
 @dataclass
 class Clock:
     """How far a run is. Its only state is the number of images consumed.
@@ -74,6 +75,7 @@ class Clock:
         """Go on where `state` was taken."""
         if state["images"] % self.batch_size:
             raise BadInput(
-                f"data.batch_size: expected a divisor of the checkpoint's {state['images']} images, got {self.batch_size}"
+                f"data.batch_size: expected a divisor of the checkpoint's {state['images']} images, "
+                f"got {self.batch_size}"
             )
         self.images = state["images"]

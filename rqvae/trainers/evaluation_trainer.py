@@ -15,7 +15,7 @@ from rqvae.errors import BadInput
 from rqvae.img_datasets.feed import Positions, make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, Split
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.reconstruction import psnr, ssim, to_uint8
+from rqvae.metrics.reconstruction import psnr, ssim, to_8bit_levels, to_uint8
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import DataSettings
 from rqvae.trainers import checkpoint
@@ -92,9 +92,9 @@ def reconstruction_scores(
 
 def score_sums(recon: Tensor, original: Tensor, valid: Tensor, metrics: Sequence[str]) -> Tensor:
     """(len(metrics) + 1,) float64: each score summed over the valid images, and their number."""
-    eight_bit = [to_uint8(x).double() / 255 for x in (recon, original)]
+    recon, original = to_8bit_levels(recon), to_8bit_levels(original)
     weight = valid.double()
-    return torch.stack([*((_SCORES[name](*eight_bit) * weight).sum() for name in metrics), weight.sum()])
+    return torch.stack([*((_SCORES[name](recon, original) * weight).sum() for name in metrics), weight.sum()])
 
 
 def mean_scores(sums: Tensor, metrics: Sequence[str], prefix: str) -> dict[str, float]:

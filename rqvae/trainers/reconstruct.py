@@ -111,7 +111,9 @@ def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path
     return recon
 
 
-def _finish(request: ReconRequest, walk: SplitWalk, stage1: Stage1Model, scores: dict[str, float], weights: str) -> None:
+def _finish(
+    request: ReconRequest, walk: SplitWalk, stage1: Stage1Model, scores: dict[str, float], weights: str
+) -> None:
     original = walk.first(request.grid_images).require_img()
     recon = reconstruct(stage1, original)
     error = ((recon - original).abs() * 4).clamp(max=1)

@@ -147,7 +147,9 @@ class RunLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise BadInput(f"{self.path.parent}: another run is training in this folder (it holds {self.path})") from None
+            raise BadInput(
+                f"{self.path.parent}: another run is training in this folder (it holds {self.path})"
+            ) from None
         self._file = file
 
     def release(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rqvae.errors import BadInput
 from rqvae.durations import Duration, DurationText
+from rqvae.errors import BadInput
 from rqvae.trainers.clock import Clock
 
 

@@ -66,4 +66,3 @@ class Session:
         self._steps, self._next_check, self._since = 0, max(1, int(-votes[1])), time.monotonic()
         self.signal = int(votes[0])
         return bool(self.signal)
-

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rqvae.backends import Precision
-from rqvae.errors import BadInput
 from rqvae.durations import Duration, DurationText
+from rqvae.errors import BadInput
 
 
 def _check_durations(section: str, **durations: DurationText | None) -> None:

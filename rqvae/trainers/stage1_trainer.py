@@ -16,7 +16,8 @@ from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.models.interfaces import Stage1Model
 from rqvae.models.losses.adaptive import last_layer_weight, reconstruction_weight
 from rqvae.models.losses.gan import discriminator_loss, generator_loss
-from rqvae.run import GanSettings, LpipsSettings, Stage1Run
+from rqvae.models.losses.lpips import LPIPSLoss
+from rqvae.run import GanSettings, Stage1Run
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid, reconstruction_scores
 from rqvae.trainers.parts import Parts, float_type, make_ema
@@ -31,7 +32,8 @@ class Stage1Objective:
         backend: for the mean of gradients over ranks.
         stage1: the bare autoencoder.
         wrapped_stage1: the one whose backward averages gradients.
-        lpips: perceptual loss with its weight, loaded, or None.
+        lpips: perceptual loss, loaded, or None.
+        lpips_weight: of it in the total.
         gan: adversarial loss, or None.
         wrapped_discriminator: the one whose backward averages gradients.
         gan_starts: first step with an adversarial loss.
@@ -41,7 +43,8 @@ class Stage1Objective:
     backend: Backend
     stage1: Stage1Model
     wrapped_stage1: nn.Module
-    lpips: LpipsSettings | None
+    lpips: LPIPSLoss | None
+    lpips_weight: float
     gan: GanSettings | None
     wrapped_discriminator: nn.Module | None
     gan_starts: int
@@ -55,9 +58,9 @@ class Stage1Objective:
         total, recon = losses.loss_total, losses.loss_recon
         parts = {"loss_recon": losses.loss_recon, "loss_latent": losses.loss_latent}
         if self.lpips:
-            parts["loss_lpips"] = self.lpips.loss(output.xs_recon, images)
-            total = total + self.lpips.weight * parts["loss_lpips"]
-            recon = recon + self.lpips.weight * parts["loss_lpips"]
+            parts["loss_lpips"] = self.lpips(output.xs_recon, images)
+            total = total + self.lpips_weight * parts["loss_lpips"]
+            recon = recon + self.lpips_weight * parts["loss_lpips"]
         if self.gan and self.clock.step >= self.gan_starts:
             parts["loss_gan"] = generator_loss(self.gan.loss, self.gan.discriminator(output.xs_recon))
             weight = self.gan.weight * self._adaptive_factor(recon, parts["loss_gan"], output.xs_recon)
@@ -102,8 +105,9 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
     stage1 = run.stage1.to(backend.device, dtype).train()
     if run.train.channels_last:
         stage1.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lpips = None
     if run.lpips:
-        run.lpips.loss.load().to(backend.device, dtype)
+        lpips = LPIPSLoss(net=run.lpips.net, trunk_weights=run.lpips.trunk_weights).load().to(backend.device, dtype)
     wrapped = backend.wrap(stage1)
     modules: dict[str, nn.Module] = {"stage1": stage1}
     starts, wrapped_discriminator = 0, None
@@ -111,7 +115,8 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         modules["discriminator"] = run.gan.discriminator.to(backend.device, dtype).train()
         wrapped_discriminator = backend.wrap(modules["discriminator"])
         starts = clock.starting_at(run.gan.disc_start)
-    objective = Stage1Objective(backend, stage1, wrapped, run.lpips, run.gan, wrapped_discriminator, starts, clock)
+    weight = run.lpips.weight if run.lpips else 0.0
+    objective = Stage1Objective(backend, stage1, wrapped, lpips, weight, run.gan, wrapped_discriminator, starts, clock)
     updates = [Update("autoencoder", stage1, wrapped, objective.autoencoder_loss, run.updates.autoencoder)]
     if wrapped_discriminator is not None:
         loss, settings = objective.discriminator_loss, run.updates.discriminator

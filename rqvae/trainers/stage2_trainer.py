@@ -6,6 +6,7 @@ One step is: encode, connector.forward, Stage2.forward, compute_loss, update.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from rqvae.backends import Backend
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.metrics.grids import image_grid
-from rqvae.models.connectors.statistics import channel_statistics
+from rqvae.models.connectors.statistics import ChannelStatistics
+from rqvae.models.interfaces import base_connector
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import Draw, fold, generator, normal
 from rqvae.run import Stage2Run
+from rqvae.trainers import checkpoint
 from rqvae.trainers.clock import Clock
-from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1
+from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
 from rqvae.trainers.parts import Parts, float_type, make_ema
 from rqvae.trainers.updates import StepLosses, Update
 
@@ -47,9 +50,10 @@ class Stage2Objective:
 def make_two_stage(run: Stage2Run) -> TwoStage:
     """The three parts of the config; shapes flow from the data to the generator. Weights from the run's seed."""
     spec = run.data.make("train")[0].spec
-    latent_shape = run.connector.latent_shape(run.stage1.latent_shape(spec.image_shape))
+    connector = run.connector or base_connector()
+    latent_shape = connector.latent_shape(run.stage1.latent_shape(spec.image_shape))
     torch.manual_seed(fold(run.train.seed, "weights", "stage2"))
-    return TwoStage(run.stage1, run.connector, run.stage2(latent_shape, spec), spec.image_shape)
+    return TwoStage(run.stage1, connector, run.stage2(latent_shape, spec), spec.image_shape)
 
 
 def join_draws(*parts: dict[str, Draw]) -> dict[str, Draw]:
@@ -87,14 +91,37 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
     )
 
 
+def load_two_stage(run: Stage2Run, path: Path) -> TwoStage:
+    """A trained model, with the weights that are evaluated (EMA), in eval mode on the host.
+
+    Args:
+        run: the experiment, for example read from the run's own config.yaml.
+        path: run or checkpoint folder.
+
+    Raises:
+        BadInput: other Stage1 weights than it was trained on, or another architecture.
+    """
+    stage1_hash = load_stage1(run.stage1, run.stage1_checkpoint)
+    two_stage = make_two_stage(run)
+    folder = load_evaluated(two_stage.stage2, "stage2", path)
+    trained_on = checkpoint.read_meta(folder)["stage1_sha256"]
+    if trained_on != stage1_hash:
+        raise BadInput(
+            f"{folder}: was trained on Stage1 weights {trained_on[:12]}, stage1_checkpoint has {stage1_hash[:12]}"
+        )
+    checkpoint.load_into(two_stage.connector, checkpoint.read(folder, "model/connector"), str(folder))
+    return two_stage.eval()
+
+
 @torch.no_grad()
 def estimate_statistics(two_stage: TwoStage, walk: SplitWalk) -> None:
     """Give the connector the per-channel mean and std of Stage1's latents over the split, in one pass on all ranks."""
     if not two_stage.connector.needs_statistics():
         return
-    encode, backend = two_stage.stage1.encode, walk.backend
-    latents = (encode(LabeledImageData(img=batch.img)).zs[valid] for batch, valid in walk.batches() if valid.any())
-    _, mean_c, std_c = channel_statistics(latents, lambda x: backend.all_reduce(x.to(backend.device)).cpu())
+    statistics, backend = ChannelStatistics(), walk.backend
+    for batch, valid in walk.batches():
+        statistics.update(two_stage.stage1.encode(LabeledImageData(img=batch.img)).zs, valid)
+    _, mean_c, std_c = statistics.reduced(lambda x: backend.all_reduce(x.to(backend.device)).cpu())
     two_stage.connector.set_statistics(mean_c, std_c)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rqvae.backends import Backend
+from rqvae.durations import Duration
 from rqvae.errors import BadInput
 from rqvae.models.ema import EMA
 from rqvae.trainers import checkpoint
-from rqvae.durations import Duration
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.meter import Meter
 from rqvae.trainers.parts import on_main
@@ -100,7 +100,9 @@ class TrainState:
         meta = checkpoint.read_meta(folder)
         for key in self.must_match:
             if meta.get(key) != self.facts.get(key):
-                raise BadInput(f"{folder}: {key} of the checkpoint is {meta.get(key)}, of this run {self.facts.get(key)}")
+                raise BadInput(
+                    f"{folder}: {key} of the checkpoint is {meta.get(key)}, of this run {self.facts.get(key)}"
+                )
         for name, module in self.modules.items():
             checkpoint.load_into(module, checkpoint.read(folder, f"model/{name}"), f"{folder}/model/{name}")
         main = next(iter(self.modules))

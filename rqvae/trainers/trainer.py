@@ -14,12 +14,12 @@ from torch import Tensor
 
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import Intervention, Observer
+from rqvae.durations import Duration
 from rqvae.errors import RunFailed
 from rqvae.img_datasets.feed import Feed
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.models.ema import EMA
 from rqvae.randomness import fold
-from rqvae.durations import Duration
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog
 from rqvae.trainers.meter import Meter

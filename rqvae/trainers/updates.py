@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-
 import torch
 from torch import Tensor, nn
 
@@ -141,5 +140,3 @@ def only_grads(update: Update, among: Sequence[Update]) -> Iterator[None]:
         for other in among:
             for p in other.params:
                 p.requires_grad_(True)
-
-

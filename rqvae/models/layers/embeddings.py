@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F  # noqa: N812  (the name everyone knows)
 from torch import Tensor, nn
 
 from rqvae.errors import BadInput
@@ -54,8 +55,8 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.mlp[0], self.mlp[2]):
+        self.first, self.second = nn.Linear(frequencies, width), nn.Linear(width, width)
+        for layer in (self.first, self.second):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
@@ -66,7 +67,8 @@ class TimestepEmbedding(nn.Module):
         half = self.frequencies // 2
         exponents = torch.arange(half, dtype=t_b.dtype, device=t_b.device) * (-math.log(10000) / half)
         angles = (1000 * t_b)[:, None] * exponents.exp()
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(self.first.weight.dtype)
+        return self.second(F.silu(self.first(waves)))
 
 
 class ClassEmbedding(nn.Module):

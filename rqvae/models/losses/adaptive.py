@@ -22,14 +22,17 @@ Mean = Callable[[Tensor], Tensor]
 
 
 def _gradients(recon_loss: Tensor, gan_loss: Tensor, at: Tensor) -> Tensor:
-    """(2, ...) gradients of both losses at `at`, in at least fp32; the graph is kept for the step's own backward."""
+    """(2, ...) gradients of both losses at `at`, in at least fp32, without a graph of their own.
+
+    The losses' graph is kept for the step's backward.
+    """
     pair = torch.stack([torch.autograd.grad(loss, at, retain_graph=True)[0] for loss in (recon_loss, gan_loss)])
     return pair.to(torch.promote_types(pair.dtype, torch.float32))
 
 
 def _ratio(norms: Tensor) -> Tensor:
     recon_norm, gan_norm = norms
-    return (recon_norm / (gan_norm + EPS)).clamp(0, LIMIT).detach()
+    return (recon_norm / (gan_norm + EPS)).clamp(0, LIMIT)
 
 
 def last_layer_weight(recon_loss: Tensor, gan_loss: Tensor, last_layer: nn.Parameter, mean: Mean) -> Tensor:

@@ -24,6 +24,10 @@ from rqvae.models.interfaces import (
 from rqvae.randomness import Draw, normal, uniform
 
 
+# A frozen value, not a factory: the keys of the sampler are then plain keys of the config, each with its own errors.
+FIFTY_EULER_STEPS = Sampler()
+
+
 class LatentDiffusion(Stage2Model):
     """Predicts on a path between latent and noise with a mean squared error; generates by solving the path's ODE.
 
@@ -37,7 +41,7 @@ class LatentDiffusion(Stage2Model):
         path: from data to noise; null is `LinearFlow`.
         prediction: what the network answers: velocity, x0 (data) or eps (noise).
         timesteps: law of the training times; null is `Uniform`.
-        sampler: solver, steps, spacing and guidance; null is 50 Euler steps without guidance.
+        sampler: solver, steps, spacing and guidance; 50 Euler steps without guidance where it is not given.
         drop_condition: share of training samples that see the null condition, in [0, 1]; without effect where the
             data have no condition.
 
@@ -54,7 +58,7 @@ class LatentDiffusion(Stage2Model):
         path: Path | None = None,
         prediction: Prediction = "velocity",
         timesteps: TimestepLaw | None = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler = FIFTY_EULER_STEPS,
         drop_condition: float = 0.1,
     ) -> None:
         super().__init__()
@@ -63,8 +67,8 @@ class LatentDiffusion(Stage2Model):
         self.path, self.prediction = path or LinearFlow(), prediction
         self.timesteps, self.drop_condition = timesteps or Uniform(), drop_condition
         self.conditional = bool(data_spec.num_classes or data_spec.num_actions or data_spec.num_mask_classes)
-        self.sampler = sampler or Sampler()
-        self._check(self.sampler)
+        self._check(sampler)
+        self.sampler = sampler
         self.backbone = backbone(latent_shape, data_spec)
 
     def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:
@@ -171,5 +175,5 @@ class LatentDiffusion(Stage2Model):
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:
-    """fp32 for the bf16 latents of an autocast encoder, whose 8 bits are too few for times and targets; else x's own."""
+    """fp32 for the bf16 latents of an autocast encoder, whose 8 bits are too few for times; else x's own."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F  # noqa: N812  (the name everyone knows)
 from torch import Tensor, nn
 

@@ -1,0 +1,184 @@
+"""Curves of one or several runs as one vector drawing of small panels."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from rqvae.errors import BadInput
+from rqvae.reports.metrics_file import Metrics
+from rqvae.reports.page import show
+
+XAxis = Literal["step", "images", "epoch", "time"]
+
+COLUMNS = 4
+PANEL_INCHES = (2.85, 2.05)
+# Middle tones: they stand out on a white and on a dark page.
+COLOURS = ("#3b7ddd", "#e07b1a", "#1f9d78", "#c2519c", "#8a6fdf", "#b8931d", "#d1495b", "#4fa3c7")
+INK = "#010203"
+"""Stands for the colour of the page's text, which the SVG takes over."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rqvae",  # the same rows give the same bytes
+    "font.family": "sans-serif",
+    "font.sans-serif": ["Inter", "Helvetica", "Arial", "DejaVu Sans"],
+    "font.size": 8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.5,
+    "xtick.major.width": 0.5,
+    "ytick.major.width": 0.5,
+    "axes.formatter.use_mathtext": False,
+}
+
+
+def draw_curves(runs: Sequence[Metrics], keys: Sequence[str], against: XAxis = "step") -> str:
+    """Small panels, one a key, and beside it the same on a logarithmic axis where that shows more.
+
+    Raw values are thin, smoothed ones strong (see `smooth`); rows whose value was not finite are marked by vertical
+    lines. Several runs share the panels and get a legend. A logarithmic panel is drawn for keys whose values are all
+    positive and span more than a factor of 3; below that it looks like the linear one.
+
+    Args:
+        runs: at least one; a run without a key is left out of that panel.
+        keys: values to draw.
+        against: the horizontal axis.
+
+    Returns:
+        An `<svg>` element without fixed size and without addresses, coloured by the CSS `color` around it.
+
+    Raises:
+        BadInput: a key that no run has, or no key.
+    """
+    known = {key for run in runs for key in run.keys}
+    for key in keys:
+        if key not in known:
+            raise BadInput(f"curves: key {key}: expected one of {', '.join(sorted(known))}")
+    if not keys:
+        raise BadInput("curves: expected at least one key, got none")
+    # Keys with two panels come first: with an even number of columns a pair then never breaks over two rows.
+    both = [key for key in keys if _has_log_panel(runs, key)]
+    panels = [(key, scale) for key in both for scale in ("linear", "log")]
+    panels += [(key, "linear") for key in keys if key not in both]
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        return _svg(_figure(runs, panels, against))
+
+
+def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
+    """Exponential moving average with the start-up bias divided out (Kingma & Ba 2015, section 3).
+
+    Args:
+        values: (n,); NaN is passed over.
+        half_life: rows after which a value counts half.
+
+    Returns:
+        (n,); NaN until the first finite value.
+    """
+    decay = 0.5 ** (1 / half_life)
+    total, weight = 0.0, 0.0
+    means = np.full(len(values), np.nan)
+    for k, value in enumerate(values):
+        if np.isfinite(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        if weight:
+            means[k] = total / weight
+    return means
+
+
+def default_keys(runs: Sequence[Metrics]) -> list[str]:
+    """The keys a reader looks for first: scores, then losses, then the rest, as the runs have them."""
+    found = dict.fromkeys(key for run in runs for key in run.keys)
+    order = ("eval/", "val/", "train/loss_total", "train/loss", "train/")
+    rank = {key: next((k for k, start in enumerate(order) if key.startswith(start)), len(order)) for key in found}
+    return sorted(found, key=lambda key: rank[key])
+
+
+def _has_log_panel(runs: Sequence[Metrics], key: str) -> bool:
+    values = np.concatenate([run.series(key)[1] for run in runs])
+    values = values[np.isfinite(values)]
+    return len(values) > 1 and bool(values.min() > 0) and bool(values.max() > 3 * values.min())
+
+
+def _figure(runs: Sequence[Metrics], panels: Sequence[tuple[str, str]], against: XAxis) -> Figure:
+    rows = -(-len(panels) // COLUMNS)
+    legend_inches = 0.3 if len(runs) > 1 else 0.0
+    width, height = COLUMNS * PANEL_INCHES[0], rows * PANEL_INCHES[1] + legend_inches
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, rect=(0, 0, 1, 1 - legend_inches / height))  # type: ignore[union-attr, call-arg]
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for panel, (key, scale) in zip(axes, panels, strict=False):
+        _draw_panel(panel, runs, key, scale, against)
+    for panel in list(axes)[len(panels) :]:
+        panel.set_axis_off()
+    for panel in list(axes)[max(0, len(panels) - COLUMNS) : len(panels)]:
+        panel.set_xlabel(against)
+    if len(runs) > 1:
+        lines = [matplotlib.lines.Line2D([], [], color=_colour(k), linewidth=2) for k in range(len(runs))]
+        names = [run.name for run in runs]
+        figure.legend(lines, names, loc="upper left", ncols=len(runs), frameon=False, fontsize=9)
+    return figure
+
+
+def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, against: XAxis) -> None:
+    panel.set_facecolor("none")
+    panel.set_yscale(scale)
+    last = [_draw_run(panel, run, key, against, _colour(k)) for k, run in enumerate(runs) if key in run.keys]
+    panel.set_title(f"{key} (log)" if scale == "log" else key, loc="left", fontsize=8.5, fontweight="semibold")
+    if len(runs) == 1 and scale == "linear":
+        panel.set_title(show(last[0]), loc="right", fontsize=8.5, color=COLOURS[0])
+    panel.grid(axis="y", color=INK, alpha=0.13, linewidth=0.5)
+    panel.tick_params(length=2, labelsize=7.5)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=against in ("step", "images")))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if scale == "log":
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+        panel.yaxis.set_major_formatter(lambda value, _: show(float(value)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        panel.yaxis.set_major_locator(MaxNLocator(5))
+    panel.margins(x=0.02)
+
+
+def _draw_run(panel: Axes, run: Metrics, key: str, against: XAxis, colour: str) -> float:
+    """Draw one run into a panel; the last smoothed value."""
+    x, y = run.series(key, against)
+    few = len(y) < 25
+    strong = y if few else smooth(y, half_life=0.02 * len(y))
+    if not few:
+        panel.plot(x, y, color=colour, alpha=0.28, linewidth=0.6)
+    panel.plot(x, strong, color=colour, linewidth=1.5, marker="o" if few else None, markersize=2.5)
+    for bad in x[~np.isfinite(y)]:
+        panel.axvline(bad, color="#d1495b", alpha=0.6, linewidth=0.7)
+    finite = strong[np.isfinite(strong)]
+    return float(finite[-1]) if len(finite) else float("nan")
+
+
+def _colour(k: int) -> str:
+    return COLOURS[k % len(COLOURS)]
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an element of a page: no prologue, no metadata, no ids but those that are referred to."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg role="img" \1', svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
+    return svg.replace(INK, "currentColor").strip()

@@ -1,0 +1,89 @@
+"""What the tests share: the command line, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def cli() -> Callable[..., int]:
+    """Run a command in this process: `cli("train", ...)` returns the exit code."""
+    from rqvae.cli import run
+
+    return lambda *arguments: run([str(a) for a in arguments])
+
+
+def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
+    """Start `python -m rqvae ...` as a process of its own."""
+    command = [sys.executable, "-m", "rqvae", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)  # type: ignore[call-overload]
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+    """Wait for it; exit code and what it wrote to stderr."""
+    _, errors = process.communicate(timeout=timeout)
+    return process.returncode, errors
+
+
+def only(parent: Path, pattern: str = "*") -> Path:
+    """The one path that matches."""
+    found = sorted(parent.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run: Path) -> list[dict[str, float]]:
+    """The rows without what a clock on the wall says."""
+    return [{k: v for k, v in row.items() if k not in ("time", "train/images_per_s")} for row in rows(run)]
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by file and name."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    assert (folder / "COMPLETE").exists(), folder
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{f.relative_to(folder).with_suffix('')}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    different = [k for k in a if not torch.equal(a[k], b[k])]
+    assert not different, different[:5]
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of tensors, relative to each tensor's largest entry."""
+    assert a.keys() == b.keys()
+    worst = 0.0
+    for key, value in a.items():
+        if value.numel():
+            scale = max(float(value.abs().max()), 1e-12)
+            worst = max(worst, float((value - b[key]).abs().max()) / scale)
+    return worst
