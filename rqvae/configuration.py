@@ -91,7 +91,7 @@ def read(files: Sequence[str | Path], overrides: Sequence[str] = (), *, inferenc
         parsed = _parse(schema, list(texts.values()), overrides)
     except ArgumentError as error:
         raise BadInput(_explain(schema, texts, str(error))) from error
-    resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_none=False))
+    resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_unset=False))
     return Configuration(schema, parsed, resolved, texts)
 
 

@@ -127,7 +127,8 @@ def collect(
         return ready
     for old in (out / META, *_own_files(out)):
         old.unlink(missing_ok=True)
-    shards, last_done = [], False
+    shards: list[dict[str, Any]] = []
+    last_done = False
     for rows in _record(game, frames, seed, shard_frames, progress):
         name = f"shard-{len(shards):05d}.npz"
         shards.append(_write_shard(out / name, rows))

@@ -21,7 +21,7 @@ Frame = npt.NDArray[np.uint8]
 Grid = npt.NDArray[np.bool_]
 Colour = tuple[int, int, int]
 
-ACTION_NAMES = ("NOOP", "UP", "RIGHT", "LEFT", "DOWN")
+ACTION_NAMES: tuple[str, ...] = ("NOOP", "UP", "RIGHT", "LEFT", "DOWN")
 NOOP, UP, RIGHT, LEFT, DOWN = range(5)
 MOVES = {UP: (-1, 0), RIGHT: (0, 1), LEFT: (0, -1), DOWN: (1, 0)}
 OPPOSITE = {NOOP: NOOP, UP: DOWN, RIGHT: LEFT, LEFT: RIGHT, DOWN: UP}
@@ -266,8 +266,8 @@ def _ways(walls: Grid) -> dict[int, dict[int, int]]:
 def make_maze(cells: int, seed: int) -> Grid:
     """A maze (cells, cells), True where a wall is: connected, with loops, without dead ends, the same upside down.
 
-    Of several tries (64 for 8 x 8 cells, fewer for larger mazes) the one with the fewest open 2x2 blocks is kept, and of
-    those the one with the most junctions.
+    Of several tries (64 for 8 x 8 cells, fewer for larger mazes) the one with the fewest open 2x2 blocks is kept, and
+    of those the one with the most junctions.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     tries = [_try_maze(cells, rng) for _ in range(max(1, 4096 // cells**2))]
@@ -280,7 +280,8 @@ def _try_maze(cells: int, rng: np.random.Generator) -> Grid:
     """Open all cells inside the border, then close opposite pairs in random order wherever they break up an open 2x2
     block and leave neither a dead end nor two parts: what remains are mostly corridors one cell wide.
 
-    Opposite means turned by 180 degrees: with a left-right mirror and an even width the middle corridor is two cells wide.
+    Opposite means turned by 180 degrees: with a left-right mirror and an even width the middle corridor would be two
+    cells wide.
     """
     walls = np.ones((cells, cells), dtype=np.bool_)
     walls[1:-1, 1:-1] = False

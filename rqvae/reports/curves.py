@@ -79,24 +79,36 @@ def draw_curves(runs: Sequence[Metrics], keys: Sequence[str], against: XAxis = "
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Exponential moving average with the start-up bias divided out (Kingma & Ba 2015, section 3).
+    """Mean weighted by a factor of 2 less every `half_life` rows, to both sides, so that a curve does not lag.
+
+    The weights of the rows that exist sum to one: the ends are not drawn to zero (the same correction as that of
+    Kingma & Ba 2015, section 3).
 
     Args:
-        values: (n,); NaN is passed over.
-        half_life: rows after which a value counts half.
+        values: (n,); NaN has no weight.
+        half_life: in rows.
 
     Returns:
-        (n,); NaN until the first finite value.
+        (n,); NaN only where no value is finite.
     """
+    finite = np.isfinite(values)
+    present, value = finite.astype(np.float64), np.where(finite, values, 0.0)
     decay = 0.5 ** (1 / half_life)
-    total, weight = 0.0, 0.0
-    means = np.full(len(values), np.nan)
-    for k, value in enumerate(values):
-        if np.isfinite(value):
-            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        if weight:
-            means[k] = total / weight
-    return means
+    total = _both_sides(value, decay)
+    weight = _both_sides(present, decay)
+    return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
+
+
+def _both_sides(values: np.ndarray, decay: float) -> np.ndarray:
+    """Sum over rows j of decay^|i - j| values[j], for every row i."""
+    sides = []
+    for side in (values, values[::-1]):
+        total, sums = 0.0, []
+        for value in side:
+            total = decay * total + value
+            sums.append(total)
+        sides.append(np.array(sums))
+    return sides[0] + sides[1][::-1] - values
 
 
 def default_keys(runs: Sequence[Metrics]) -> list[str]:
@@ -119,12 +131,12 @@ def _figure(runs: Sequence[Metrics], panels: Sequence[tuple[str, str]], against:
     width, height = COLUMNS * PANEL_INCHES[0], rows * PANEL_INCHES[1] + legend_inches
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, rect=(0, 0, 1, 1 - legend_inches / height))  # type: ignore[union-attr, call-arg]
-    axes = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
     for panel, (key, scale) in zip(axes, panels, strict=False):
         _draw_panel(panel, runs, key, scale, against)
-    for panel in list(axes)[len(panels) :]:
+    for panel in axes[len(panels) :]:
         panel.set_axis_off()
-    for panel in list(axes)[max(0, len(panels) - COLUMNS) : len(panels)]:
+    for panel in axes[max(0, len(panels) - COLUMNS) : len(panels)]:
         panel.set_xlabel(against)
     if len(runs) > 1:
         lines = [matplotlib.lines.Line2D([], [], color=_colour(k), linewidth=2) for k in range(len(runs))]
@@ -142,7 +154,7 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
         panel.set_title(show(last[0]), loc="right", fontsize=8.5, color=COLOURS[0])
     panel.grid(axis="y", color=INK, alpha=0.13, linewidth=0.5)
     panel.tick_params(length=2, labelsize=7.5)
-    panel.xaxis.set_major_locator(MaxNLocator(4, integer=against in ("step", "images")))
+    panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=against in ("step", "images")))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     if scale == "log":
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
@@ -150,7 +162,7 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
         panel.yaxis.set_minor_formatter(NullFormatter())
     else:
         panel.yaxis.set_major_locator(MaxNLocator(5))
-    panel.margins(x=0.02)
+    panel.set_xlim(0, 1.01 * max(run.rows[-1][against] for run in runs))
 
 
 def _draw_run(panel: Axes, run: Metrics, key: str, against: XAxis, colour: str) -> float:

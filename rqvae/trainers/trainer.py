@@ -65,7 +65,6 @@ class Trainer:
         self.meter = self.state.meter
         self._log_every = Duration.parse(self.train.log_every)
         self._save_every = Duration.parse(self.checkpoints.every)
-        self._started, self._started_images = time.monotonic(), self.clock.images
 
     @property
     def is_main(self) -> bool:
@@ -81,26 +80,29 @@ class Trainer:
         """Train to the end; False when a signal stopped the run before it, after a checkpoint."""
         with self.session:
             self.notify("on_fit_start")
-            self._started, self._started_images = time.monotonic(), self.clock.images
             try:
                 while self.clock.step < self.clock.total_steps and not self.session.stopping(self.backend):
-                    micros = self.feed.next_step()
-                    self.notify("before_step", micros)
-                    losses = self.optimise(micros)
-                    for ema in self.ema:
-                        ema.update(self.clock.step)
-                    self.clock.tick()
-                    self.backend.mark_step()  # the training graph ends here: observers are not traced into it
-                    self.notify("after_step", losses)
-                    self.write_row()
-                    if self.clock.due(self._save_every):
-                        self.save()
+                    self.step()
                 finished = self.clock.step >= self.clock.total_steps
                 if not finished:
                     self.save()
             finally:
                 self.notify("on_fit_end")
         return finished
+
+    def step(self) -> None:
+        """One turn of the loop: images in, weights changed, time ticked, observers told, row and checkpoint if due."""
+        micros = self.feed.next_step()
+        self.notify("before_step", micros)
+        losses = self.optimise(micros)
+        for ema in self.ema:
+            ema.update(self.clock.step)
+        self.clock.tick()
+        self.backend.mark_step()  # the training graph ends here: observers are not traced into it
+        self.notify("after_step", losses)
+        self.write_row()
+        if self.clock.due(self._save_every):
+            self.save()
 
     def optimise(self, micros: list[LabeledImageData]) -> dict[str, Tensor]:
         """One optimizer step of every update that has started."""

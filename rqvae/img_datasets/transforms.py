@@ -1,0 +1,166 @@
+"""Transforms, one named class per purpose: training may augment, validation and test never do.
+
+They bring an image to the size of the `DataSpec` as the ADM code does (guided-diffusion, `image_datasets.py`,
+`center_crop_arr`; Dhariwal and Nichol 2021), because FID references of ImageNet are computed on images cropped so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rqvae.errors import BadInput
+from rqvae.img_datasets.interfaces import DataSpec, LabeledImageData, MaskCondition, Transform
+
+
+class TrainTransform(Transform):
+    """ADM crop to the spec's size, then a horizontal flip of every second image in the mean.
+
+    Args:
+        spec: gives the size.
+        flip: whether to flip at all.
+    """
+
+    def __init__(self, spec: DataSpec, *, flip: bool = True) -> None:
+        self.spec, self.flip = spec, flip
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:
+        """Sample with `img` uint8 (3, H0, W0) -> (3, H, W); a mask is cropped and flipped with its image."""
+        sample = crop_sample(sample, self.spec)
+        if not self.flip:
+            return sample
+        # torch.where and not `if`: a tensor that decides a branch is a host sync, which training steps forbid.
+        flipped = torch.rand((), generator=rng) < 0.5
+        img = sample.require_img()
+        sample = replace(sample, img=torch.where(flipped, img.flip(-1), img))
+        if isinstance(sample.condition, MaskCondition):
+            mask = sample.condition.mask
+            sample = replace(
+                sample, condition=replace(sample.condition, mask=torch.where(flipped, mask.flip(-1), mask))
+            )
+        return sample
+
+
+class ValTransform(Transform):
+    """ADM crop to the spec's size.
+
+    Args:
+        spec: gives the size.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:  # noqa: ARG002
+        """Sample with `img` uint8 (3, H0, W0) -> (3, H, W); `rng` is not used."""
+        return crop_sample(sample, self.spec)
+
+
+class TestTransform(Transform):
+    """ADM crop to the spec's size; never an augmentation.
+
+    Args:
+        spec: gives the size.
+    """
+
+    __test__ = False  # its name makes pytest take it for a class of tests
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:  # noqa: ARG002
+        """Sample with `img` uint8 (3, H0, W0) -> (3, H, W); `rng` is not used."""
+        return crop_sample(sample, self.spec)
+
+
+class Identity(Transform):
+    """For frames and patches, which have their size already.
+
+    Args:
+        spec: gives the size to check.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.spec = spec
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:  # noqa: ARG002
+        """The sample itself; BadInput if its image has another shape than the spec's."""
+        shape = tuple(sample.require_img().shape)
+        if shape != tuple(self.spec.image_shape):
+            raise BadInput(f"img: expected {tuple(self.spec.image_shape)}, got {shape}; use a transform that resizes")
+        return sample
+
+
+def crop_sample(sample: LabeledImageData, spec: DataSpec) -> LabeledImageData:
+    """The sample with image, and mask if it has one, cropped to the spec's (H, W).
+
+    Raises:
+        BadInput: an image that is not uint8 (3, H0, W0), or a mask of another size than its image.
+    """
+    img = sample.require_img()
+    if img.dtype != torch.uint8 or img.ndim != 3 or img.shape[0] != 3:
+        raise BadInput(f"img: expected uint8 (3, H, W), got {str(img.dtype).removeprefix('torch.')} {tuple(img.shape)}")
+    target = spec.image_shape[1:]
+    cropped = replace(sample, img=center_crop(img, target))
+    if isinstance(sample.condition, MaskCondition):
+        mask = sample.condition.mask
+        if mask.shape != img.shape[1:]:
+            raise BadInput(f"condition.mask: expected {tuple(img.shape[1:])} as its image, got {tuple(mask.shape)}")
+        cropped.condition = replace(sample.condition, mask=center_crop_mask(mask, target))
+    return cropped
+
+
+def center_crop(img_chw: Tensor, target: tuple[int, int]) -> Tensor:
+    """Resize so that the target just fits in, then cut out the middle.
+
+    While both sides are at least twice the target the image is halved with BOX, which averages 2x2 pixels and so does
+    not alias; BICUBIC does the rest. For square targets this is ADM's `center_crop_arr`, pixel for pixel.
+
+    Args:
+        img_chw: uint8 (3, H0, W0) of any size.
+        target: (H, W).
+
+    Returns:
+        uint8 (3, H, W); the image itself if it has that size.
+    """
+    if tuple(img_chw.shape[1:]) == tuple(target):
+        return img_chw
+    image = Image.fromarray(img_chw.permute(1, 2, 0).contiguous().numpy())
+    halves, final = _sizes((image.height, image.width), target)
+    for height, width in halves:
+        image = image.resize((width, height), Image.Resampling.BOX)
+    image = image.resize((final[1], final[0]), Image.Resampling.BICUBIC)
+    resized = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return _middle(resized, target).contiguous()
+
+
+def center_crop_mask(mask_hw: Tensor, target: tuple[int, int]) -> Tensor:
+    """The part of a mask (H0, W0) of any integer type that `center_crop` keeps of its image, NEAREST: (H, W)."""
+    if tuple(mask_hw.shape) == tuple(target):
+        return mask_hw
+    height, width = mask_hw.shape
+    _, final = _sizes((height, width), target)
+    rows = ((torch.arange(final[0], dtype=torch.float64) + 0.5) * height / final[0]).long()
+    columns = ((torch.arange(final[1], dtype=torch.float64) + 0.5) * width / final[1]).long()
+    return _middle(mask_hw[rows][:, columns], target).contiguous()
+
+
+def _sizes(size: tuple[int, int], target: tuple[int, int]) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Sizes (height, width) after each halving, and the final one, which covers the target."""
+    height, width = size
+    halves = []
+    while height >= 2 * target[0] and width >= 2 * target[1]:
+        height, width = height // 2, width // 2
+        halves.append((height, width))
+    scale = max(target[0] / height, target[1] / width)
+    return halves, (max(target[0], round(height * scale)), max(target[1], round(width * scale)))
+
+
+def _middle(x: Tensor, target: tuple[int, int]) -> Tensor:
+    """The central (H, W) of the last two axes."""
+    top, left = (x.shape[-2] - target[0]) // 2, (x.shape[-1] - target[1]) // 2
+    return x[..., top : top + target[0], left : left + target[1]]
