@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,8 +74,8 @@ def test_velocity_is_the_derivative_of_the_path(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [LinearFlow(), Cosine()], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("source", "target"), itertools.product(PREDICTIONS, PREDICTIONS))
-def test_every_conversion_gives_the_true_quantity(path: Path, source: str, target: str) -> None:
+@pytest.mark.parametrize(("source", "target"), list(itertools.product(PREDICTIONS, PREDICTIONS)))
+def test_every_conversion_gives_the_true_quantity(path: Path, source: Any, target: Any) -> None:
     noise, x0, t_b = triple()
     x_t = path.interpolate(noise, x0, t_b)
     true = {"x0": x0, "eps": noise, "velocity": path.target("velocity", noise, x0, t_b)}
@@ -101,7 +102,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize(("law", "cdf"), LAWS, ids=lambda x: type(x).__name__)
-def test_law_has_its_distribution(law: TimestepLaw, cdf: object) -> None:
+def test_law_has_its_distribution(law: TimestepLaw, cdf: Any) -> None:
     t = law((20_000,), generator=generator(3))
     assert t.dtype == torch.float32
     assert stats.kstest(t.double().numpy(), cdf).pvalue > 0.01
@@ -127,8 +128,8 @@ def test_sampling_times_are_those_of_diffusers(shift: float) -> None:
     torch.testing.assert_close(times.float(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
-def gaussian_velocity(mean: float, std: float) -> object:
-    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2) on the linear path; the exact end of a path from x is mean + std x."""
+def gaussian_velocity(mean: float, std: float) -> Any:
+    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2) on the linear path; the exact end from x is mean + std x."""
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         variance = (1 - t) ** 2 * std**2 + t**2
@@ -139,7 +140,7 @@ def gaussian_velocity(mean: float, std: float) -> object:
 
 @pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
 @pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_solver_converges_in_its_order(solver: object, order: int, shift: float) -> None:
+def test_solver_converges_in_its_order(solver: Any, order: int, shift: float) -> None:
     mean, std = 0.7, 0.4
     x = torch.linspace(-2, 2, 9, dtype=F64)[:, None]
     errors = [
@@ -151,7 +152,7 @@ def test_solver_converges_in_its_order(solver: object, order: int, shift: float)
 
 
 @pytest.mark.parametrize(("solver", "expected"), [(euler, 5), (heun, 9)])
-def test_nfe_is_the_number_of_calls_and_time_zero_is_never_asked(solver: object, expected: int) -> None:
+def test_nfe_is_the_number_of_calls_and_time_zero_is_never_asked(solver: Any, expected: int) -> None:
     asked = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def test_exact_velocity_of_a_mixture_gives_its_moments() -> None:
     means = torch.tensor([[-2.0, 1.0], [1.5, -0.5]], dtype=F64)
     stds = torch.tensor([0.3, 0.6], dtype=F64)
 
-    def velocity(x: Tensor, t: Tensor, _: object) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, _: Any) -> Tensor:
         variance_k = (1 - t) ** 2 * stds**2 + t**2
         away_bkd = x[:, None] - (1 - t) * means
         log_weight_bk = weights.log() - variance_k.log() - away_bkd.square().sum(2) / (2 * variance_k)
@@ -248,6 +249,6 @@ def test_guidance_without_a_condition_is_refused() -> None:
         (lambda: Shifted(-1.0), "timesteps.shift: expected a number > 0, got -1"),
     ],
 )
-def test_bad_settings_are_named(make: object, words: str) -> None:
+def test_bad_settings_are_named(make: Any, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         make()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -62,17 +64,12 @@ def test_loader_workers_change_nothing(tmp_path: Path, cli) -> None:
 
 
 def test_no_worker_outlives_a_killed_launcher(tmp_path: Path) -> None:
-    import os
-    import subprocess
-    import time
-
     slow = json.dumps([{"class_path": "tests.observers.Slow", "init_args": {"seconds": 0.3}}])
     line = command("stage1_gan", tmp_path, 1, "--world-size", 2, "--observers", slow, "--train.steps", 400)
-    environment = {**os.environ, "RQVAE_TEST_MARK": str(tmp_path)}
-    process = start(*line, "--data.workers", 1, env=environment, start_new_session=True)
+    process = start(*line, "--data.workers", 1, start_new_session=True)
 
     def alive() -> list[str]:
-        listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout
         return [row for row in listing.splitlines() if str(tmp_path) in row]
 
     end = time.monotonic() + 60

@@ -93,7 +93,7 @@ class ImageFolder(LabeledImageDataset):
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir())
         if len(folders) != self.num_classes:
             raise BadInput(
-                f"{self.folder}: expected num_classes = {self.num_classes} class folders, got {len(folders)}"
+                f"{self.folder}: expected {self.num_classes} class folders (num_classes), got {len(folders)}"
             )
         for folder in folders:
             if not _images_in(folder):

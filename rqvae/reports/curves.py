@@ -70,10 +70,12 @@ def draw_curves(runs: Sequence[Metrics], keys: Sequence[str], against: XAxis = "
             raise BadInput(f"curves: key {key}: expected one of {', '.join(sorted(known))}")
     if not keys:
         raise BadInput("curves: expected at least one key, got none")
-    # Keys with two panels come first: with an even number of columns a pair then never breaks over two rows.
-    both = [key for key in keys if _has_log_panel(runs, key)]
-    panels = [(key, scale) for key in both for scale in ("linear", "log")]
-    panels += [(key, "linear") for key in keys if key not in both]
+    with_log = [key for key in keys if _has_log_panel(runs, key)]
+    # Keys with two panels stand together, so that a single one between them does not break a pair over two rows.
+    first = keys.index(with_log[0]) if with_log else len(keys)
+    panels = [(key, "linear") for key in keys[:first]]
+    panels += [(key, scale) for key in with_log for scale in ("linear", "log")]
+    panels += [(key, "linear") for key in keys[first:] if key not in with_log]
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         return _svg(_figure(runs, panels, against))
 
@@ -136,7 +138,7 @@ def _figure(runs: Sequence[Metrics], panels: Sequence[tuple[str, str]], against:
         _draw_panel(panel, runs, key, scale, against)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
-    for panel in axes[max(0, len(panels) - COLUMNS) : len(panels)]:
+    for panel in axes[(rows - 1) * COLUMNS : len(panels)]:
         panel.set_xlabel(against)
     if len(runs) > 1:
         lines = [matplotlib.lines.Line2D([], [], color=_colour(k), linewidth=2) for k in range(len(runs))]
@@ -165,18 +167,27 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
     panel.set_xlim(0, 1.01 * max(run.rows[-1][against] for run in runs))
 
 
-def _draw_run(panel: Axes, run: Metrics, key: str, against: XAxis, colour: str) -> float:
-    """Draw one run into a panel; the last smoothed value."""
+def _draw_run(panel: Axes, run: Metrics, key: str, against: str, colour: str) -> float:
+    """Draw one run into a panel; the last value of the strong line."""
     x, y = run.series(key, against)
-    few = len(y) < 25
-    strong = y if few else smooth(y, half_life=0.02 * len(y))
-    if not few:
+    strong = y
+    if _is_noisy(y):
         panel.plot(x, y, color=colour, alpha=0.28, linewidth=0.6)
-    panel.plot(x, strong, color=colour, linewidth=1.5, marker="o" if few else None, markersize=2.5)
+        strong = smooth(y, half_life=0.01 * len(y))
+    panel.plot(x, strong, color=colour, linewidth=1.5, marker="o" if len(y) < 25 else None, markersize=2.5)
     for bad in x[~np.isfinite(y)]:
         panel.axvline(bad, color="#d1495b", alpha=0.6, linewidth=0.7)
     finite = strong[np.isfinite(strong)]
     return float(finite[-1]) if len(finite) else float("nan")
+
+
+def _is_noisy(values: np.ndarray) -> bool:
+    """Whether there is something to smooth: at least 25 points that go up and down by thrice their range in total.
+
+    A learning rate that warms up and decays varies by twice its range; smoothing would only bend it.
+    """
+    values = values[np.isfinite(values)]
+    return len(values) >= 25 and bool(np.abs(np.diff(values)).sum() > 3 * np.ptp(values))
 
 
 def _colour(k: int) -> str:

@@ -25,14 +25,14 @@ class DemoInputs:
         reconstructions: sheets of triples original | reconstruction | error x 4, as
             `rqvae.metrics.grids.comparison_grid` makes them.
         samples: name of an action -> sheet of samples under it.
-        zoom: size of a sheet's pixel on the page.
+        zoom: size of a sheet's pixel on the page; 3 suits sheets of 32-pixel frames that were not scaled.
     """
 
     stage1: Path
     stage2: Path
     reconstructions: Sequence[Path]
     samples: Mapping[str, Path]
-    zoom: float = 1
+    zoom: float = 3
 
 
 def write_demo_report(root: Path, inputs: DemoInputs) -> Path:
@@ -95,14 +95,14 @@ def _tiles(numbers: Mapping[str, float], seconds: Mapping[str, float]) -> list[T
             "dB",
             "PSNR of a sample and the train frame closest to it: high is a frame of this game",
         ),
-        Tile("Time", sum(seconds.values()), "s", f"all parts; {show(numbers['cpu_seconds'])} core-seconds"),
+        Tile("Time", sum(seconds.values()), "s", f"all parts; {show(numbers['cpu_seconds'])} s of CPU time"),
     ]
 
 
 def _add_seconds(page: Page, seconds: Mapping[str, float]) -> None:
     total = sum(seconds.values())
-    rows: list[list[Cell]] = [[part, value, 100 * value / total if total else None] for part, value in seconds.items()]
-    rows.append(["total", total, 100 if total else None])
+    rows: list[list[Cell]] = [[part, value, round(100 * value / total, 1)] for part, value in seconds.items()]
+    rows.append(["total", total, 100.0])
     page.table(["part", "seconds", "% of all"], rows, "Wall-clock seconds by part of the demo.")
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import jinja2
 from markupsafe import Markup
@@ -183,7 +183,7 @@ def show(value: Cell) -> str:
     return f"{value:.4g}"
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -201,7 +201,7 @@ def _embed(label: str, source: Path | bytes, zoom: float) -> Picture:
     data = source.read_bytes() if isinstance(source, Path) else source
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind, (width, height) = str(image.get_format_mimetype()), image.size  # type: ignore[attr-defined]
+            kind, (width, height) = str(image.get_format_mimetype()), image.size
     except UnidentifiedImageError:
         raise BadInput(f"{name}: expected a picture (PNG, GIF, JPEG), got something else") from None
     return Picture(label, f"data:{kind};base64,{base64.b64encode(data).decode()}", width, height, zoom)

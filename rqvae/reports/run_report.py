@@ -21,8 +21,8 @@ ENVIRONMENT = ("parameters", "backend", "world_size", "torch", "python", "platfo
 """Keys of environment.json in the table of facts; those nested below them come along."""
 
 CURVES_CAPTION = (
-    "Thin: as logged. Strong, where there are at least 25 points: smoothed to both sides, a row's weight halving every "
-    "2 % of the run. Red vertical lines: rows whose value was not finite. The log panels show the same rows."
+    "Thin: as logged. Strong: smoothed, a row's weight halving every 1 % of the run to both sides; what has no noise "
+    "is drawn as logged. Red vertical lines: rows whose value was not finite. The log panels show the same rows."
 )
 LAST_VALUE_CAPTION = " The number at the upper right is where the strong line ends."
 

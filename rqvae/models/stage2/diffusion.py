@@ -23,7 +23,6 @@ from rqvae.models.interfaces import (
 )
 from rqvae.randomness import Draw, normal, uniform
 
-
 # A frozen value, not a factory: the keys of the sampler are then plain keys of the config, each with its own errors.
 FIFTY_EULER_STEPS = Sampler()
 

@@ -1,0 +1,186 @@
+"""Frames of a recorded game, each with the actions that led to it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rqvae.errors import BadInput
+from rqvae.img_datasets.interfaces import ActionCondition, DataSpec, LabeledImageData, LabeledImageDataset, Split
+from rqvae.randomness import fold
+
+SCHEMA = 1
+"""Version of the recording's layout that this reader knows (`meta.json`, key `schema`)."""
+
+COLUMNS = {"action": np.int16, "episode": np.int32}
+"""The columns of a shard besides `frames` that are read."""
+
+
+class GameFrames(LabeledImageDataset):
+    """Single frames of a recording (`python -m rqvae collect`), with the last `history` actions before each.
+
+    The splits are of whole episodes, 5 % for test, 5 % for val (at least one each), the rest for train, ranked by a hash
+    of (seed of the recording, episode). Different episodes show identical frames, mostly at their starts; so of val every
+    frame that also occurs in train is left out, and of test every frame that occurs in either.
+
+    Args:
+        split: train, val or test.
+        root: folder of the recording.
+        size: side of the frames in pixels; must be that of the recording.
+        history: K, how many actions before a frame are given.
+        num_actions: how many actions the game has; must be that of the recording.
+
+    Raises:
+        BadInput: `history` or `num_actions` below 1.
+    """
+
+    def __init__(self, split: Split, *, root: str, size: int, history: int = 1, num_actions: int = 5) -> None:
+        if history < 1 or num_actions < 1:
+            raise BadInput(f"history, num_actions: expected at least 1, got {history}, {num_actions}")
+        self.split, self.root, self.size = split, Path(root), size
+        self.history, self.num_actions = history, num_actions
+        self._sha256 = ""
+        self._frames: npt.NDArray[np.uint8] = np.empty((0, size, size, 3), dtype=np.uint8)
+        self._action: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._first: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._kept: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    @property
+    def spec(self) -> DataSpec:
+        """(3, size, size), the number of actions, the history."""
+        return DataSpec((3, self.size, self.size), num_actions=self.num_actions, history=self.history)
+
+    def open(self) -> None:
+        """Read the recording into memory: the frames of this split's episodes, as uint8.
+
+        Raises:
+            BadInput: no recording in `root`, one of another size or number of actions, a shard that is missing or not
+                the one that was recorded, a history as long as the longest episode, or a split without frames.
+        """
+        meta = self._read_meta()
+        shards = meta["shards"]
+        self._sha256 = hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest()
+        rank = rank_split(meta["seed"], meta["episodes"])
+        frames, actions, episodes, hashes = [], [], [], []
+        for shard in shards:
+            table = _read_shard(self.root / shard["file"], shard, self.size)
+            hashes.append(_hash_frames(table["frames"]))
+            episodes.append(table["episode"])
+            mine = np.array([rank[k] == self.split for k in table["episode"]])
+            frames.append(table["frames"][mine])
+            actions.append(table["action"][mine])
+        episode = np.concatenate(episodes)
+        longest = int(np.bincount(episode).max())
+        if self.history >= longest:
+            raise BadInput(
+                f"history: expected less than {longest}, the longest episode of {self.root}, got {self.history}"
+            )
+        split_of = np.array([rank[k] for k in range(meta["episodes"])])[episode]
+        self._keep(np.concatenate(hashes), split_of)
+        self._frames, self._action = np.concatenate(frames), np.concatenate(actions).astype(np.int64)
+        mine = episode[split_of == self.split]
+        _, starts, lengths = np.unique(mine, return_index=True, return_counts=True)
+        self._first = np.repeat(starts, lengths)
+
+    def _keep(self, hashes: npt.NDArray[np.uint64], split_of: npt.NDArray[np.str_]) -> None:
+        """Find the frames of the split that occur in no split before it."""
+        seen = {"train": [], "val": ["train"], "test": ["train", "val"]}[self.split]
+        mine = hashes[split_of == self.split]
+        self._kept = np.flatnonzero(~np.isin(mine, hashes[np.isin(split_of, seen)]))
+        if not len(self._kept):
+            raise BadInput(
+                f"{self.root}: expected frames for the split {self.split} that no earlier split has, got none of "
+                f"{len(mine)} in {len(hashes)} recorded; record more frames"
+            )
+
+    def _read_meta(self) -> dict[str, Any]:
+        path = self.root / "meta.json"
+        if not path.is_file():
+            size = f"--frames 20000 --size {self.size}"
+            raise BadInput(
+                f"{path}: expected a complete recording, got no such file; "
+                f"run: python -m rqvae collect maze-chase {size} --out {self.root}"
+            )
+        try:
+            meta = json.loads(path.read_bytes())
+            found = {"schema": meta["schema"], "size": meta["size"], "num_actions": len(meta["action_names"])}
+            meta["seed"], meta["episodes"], [(s["file"], s["bytes"], s["sha256"], s["frames"]) for s in meta["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path}: expected the description of a recording, got {error!r}") from error
+        for key, value in (("schema", SCHEMA), ("size", self.size), ("num_actions", self.num_actions)):
+            if found[key] != value:
+                raise BadInput(f"{path}: {key}: expected {value}, got a recording with {found[key]}")
+        return meta
+
+    def fingerprint(self) -> str:
+        """Of the shards' own hashes, the split and the history."""
+        return f"GameFrames:{self.split}:{self.history}:{self._sha256}"
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> LabeledImageData:
+        """`img` uint8 (3, size, size); `condition.actions` (K,), the last of which led to this frame."""
+        at = int(self._kept[index])
+        steps = np.arange(at - self.history, at)
+        inside = steps >= self._first[at]
+        actions = np.where(inside, self._action[np.maximum(steps, 0)], self.num_actions)
+        condition = ActionCondition(
+            context=None,
+            actions=torch.from_numpy(actions),
+            mask=torch.from_numpy(inside),
+            num_actions=self.num_actions,
+        )
+        img = torch.from_numpy(self._frames[at]).permute(2, 0, 1).contiguous()
+        return LabeledImageData(img=img, condition=condition)
+
+
+def rank_split(seed: int, episodes: int) -> dict[int, Split]:
+    """The split of each episode of a recording.
+
+    By rank of the hash and not by a threshold: of 40 episodes a threshold leaves val empty in one recording of eight.
+
+    Args:
+        seed: of the recording.
+        episodes: how many it has.
+    """
+    order = sorted(range(episodes), key=lambda k: fold(seed, "split", k))
+    part = max(1, round(0.05 * episodes))
+    return {k: "test" if i < part else "val" if i < 2 * part else "train" for i, k in enumerate(order)}
+
+
+def _hash_frames(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """(N, H, W, 3) -> (N,) 64 bits: among a million frames two different ones share a hash once in 37 million tries."""
+    digests = b"".join(hashlib.blake2b(frame.tobytes(), digest_size=8).digest() for frame in frames)
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
+def _read_shard(path: Path, entry: dict[str, Any], size: int) -> dict[str, npt.NDArray[Any]]:
+    """The columns of a shard, after its bytes are known to be those that were recorded."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path}: expected a shard of the recording, got {error.strerror}") from error
+    if len(content) != entry["bytes"]:
+        raise BadInput(f"{path}: expected {entry['bytes']} bytes, got {len(content)}; record again")
+    if (sha256 := hashlib.sha256(content).hexdigest()) != entry["sha256"]:
+        raise BadInput(f"{path}: expected sha256 {entry['sha256'][:12]}..., got {sha256[:12]}...; record again")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as table:
+            columns = {name: np.asarray(table[name]) for name in ("frames", *COLUMNS)}
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: expected the columns frames, action, episode, got {error!r}") from error
+    expected = {"frames": (np.dtype(np.uint8), (entry["frames"], size, size, 3))}
+    expected |= {name: (np.dtype(dtype), (entry["frames"],)) for name, dtype in COLUMNS.items()}
+    for name, column in columns.items():
+        if (column.dtype, column.shape) != expected[name]:
+            raise BadInput(f"{path}: {name}: expected {expected[name]}, got {(column.dtype, column.shape)}")
+    return columns
