@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rqvae.img_datasets.interfaces import ClassCondition, DataSpec
-from rqvae.models.stage2.dit import DiT
 from torch import Tensor, nn
 
 from benchmarks.record import alternate, save
+from rqvae.img_datasets.interfaces import ClassCondition, DataSpec
+from rqvae.models.stage2.dit import DiT
 
 BATCH, CLASSES = 8, 1000
 
@@ -61,7 +61,9 @@ def main() -> None:
     torch.manual_seed(0)
     ours = DiT((4, 32, 32), DataSpec((3, 256, 256), num_classes=CLASSES), size="S", patch=2).train()
     peer = peer_model(options.peer)
-    counts = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in (("ours", ours), ("peer", peer))}
+    counts = {
+        name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in (("ours", ours), ("peer", peer))
+    }
     figures = alternate(
         step_of(ours, lambda x, t, y: ours(x, t, ClassCondition(y, CLASSES))),
         # label dropout is part of the peer's training forward, as dropping conditions is of ours outside the backbone

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from benchmarks.record import alternate, save
 from rqvae import backends
 from rqvae.configuration import read
 from rqvae.img_datasets.feed import Feed, Positions
@@ -26,8 +28,6 @@ from rqvae.trainers.session import Session
 from rqvae.trainers.settings import CheckpointSettings, LogSettings
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
-
-from benchmarks.record import alternate, save
 
 CONFIG = "configs/debug/stage1.yaml"
 OVERRIDES = ["--train.log_every", "50", "--data.batch_size", "32", "--data.dataset.init_args.size", "32"]

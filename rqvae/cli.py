@@ -26,7 +26,6 @@ def run(arguments: Sequence[str]) -> int:
         "recon": recon,
         "collect": collect,
         "demo": demo,
-        "demo-report": demo_report,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(f"usage: python -m rqvae {{{','.join(commands)}}} ... (COMMAND --help tells more)\n")
@@ -227,16 +226,4 @@ def demo(arguments: Sequence[str]) -> int:
     for key in ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "cpu_seconds", "seconds"):
         sys.stdout.write(f"{key:20s} {summary[key]:.3f}\n")
     sys.stdout.write(f"report: {options.out / 'report' / 'index.html'}\n")
-    return 0
-
-
-def demo_report(arguments: Sequence[str]) -> int:
-    """Write the demo's page from what its steps left in ROOT."""
-    parser = _Parser("rqvae demo-report", description=demo_report.__doc__)
-    parser.add_argument("root", type=Path)
-    options = parser.parse_args(list(arguments))
-
-    from rqvae.reports.demo import write_demo_report
-
-    sys.stdout.write(f"{write_demo_report(options.root)}\n")
     return 0

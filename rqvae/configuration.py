@@ -163,6 +163,9 @@ def _names_near(schema: type, message: str) -> str:
     for name in wrong:
         if near := difflib.get_close_matches(name.rpartition(".")[2], known, 1):
             return f"; did you mean {near[0]}?"
+    if absent := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        near_class = _class_near(f"{absent[1]}.{absent[2]}")
+        return f"; did you mean {near_class}?" if near_class else ""
     if missing := re.search(r"class_path[^\w]+((?:\w+\.)+\w+)|Import path (\S+)|'((?:\w+\.)+\w+)'", message):
         path = next(group for group in missing.groups() if group)
         if near_class := _class_near(path):

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from rqvae.errors import RunFailed
+from rqvae.reports.demo import write_demo_report
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "maze_chase"
 FRAMES, SIZE = 20_000, 32
@@ -61,10 +62,10 @@ class Demo:
         config = [str(CONFIGS / "dit_frame.yaml"), "--stage1_checkpoint", str(stage1), *data]
         self._part("stage2", [*train, "--stage", "2", "--run-name", "stage2", *config])
         started, cpu = time.monotonic(), time.process_time()
-        scores = sample_and_score(self.newest("stage2"), self.root / "samples.png")
+        nearest = sample_and_score(self.newest("stage2"), self.root / "samples.png")
         self._add("sample", time.monotonic() - started, time.process_time() - cpu)
-        summary = self._summary(scores)
-        self._part("report", ["demo-report", str(self.root)])
+        summary = self._summary({"nearest_train_psnr": nearest})
+        write_demo_report(self.root)
         return summary
 
     def newest(self, name: str) -> Path:
@@ -108,12 +109,12 @@ def _children_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def sample_and_score(run: Path, out: Path, per_action: int = 6, seed: int = 0) -> dict[str, float]:
-    """Draw `per_action` frames under each action, and how near they are to the train split.
+def sample_and_score(run: Path, out: Path, per_action: int = 8, seed: int = 0) -> float:
+    """Draw `per_action` frames under each action, a row an action, and say how near they are to the train split.
 
     Returns:
-        `nearest_train_psnr`: mean over the samples of the PSNR (dB) to the most similar train frame; low means that a
-        sample looks like no frame of the game, and the reconstruction's own PSNR bounds it from above.
+        The mean over the samples of the PSNR (dB) to the most similar train frame. It is low when a sample looks like no
+        frame of the game.
     """
     import torch
     from PIL import Image
@@ -130,13 +131,13 @@ def sample_and_score(run: Path, out: Path, per_action: int = 6, seed: int = 0) -
     two_stage = load_two_stage(experiment, run)
     dataset, _ = experiment.data.make("train")
     dataset.open()
-    count = dataset.spec.num_actions
-    actions = torch.arange(count).repeat_interleave(per_action)[:, None]
-    condition = ActionCondition(None, actions, torch.ones_like(actions, dtype=torch.bool), count)
+    spec = dataset.spec
+    actions = torch.arange(spec.num_actions).repeat_interleave(per_action)[:, None]
+    condition = ActionCondition(None, actions, torch.ones_like(actions, dtype=torch.bool), spec.num_actions)
     pictures = as_pictures(two_stage.decode(two_stage.sample(condition, seeded_noise(two_stage, seed, len(actions)))))
-    Image.fromarray(image_grid(pictures, columns=per_action, scale=3)).save(out)
+    Image.fromarray(image_grid(pictures, columns=per_action)).save(out)
     train = torch.stack([dataset[i].require_img() for i in range(len(dataset))])
-    return {"nearest_train_psnr": float(np.mean(nearest_psnr(pictures, train.numpy())))}
+    return float(np.mean(nearest_psnr(pictures, train.numpy())))
 
 
 def nearest_psnr(samples: np.ndarray, frames: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+
 from rqvae.durations import Duration
 from rqvae.errors import BadInput
 from rqvae.trainers.clock import Clock

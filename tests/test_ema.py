@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from rqvae.errors import BadInput
 from rqvae.models.ema import EMA
-from torch import nn
 
 
 @pytest.mark.parametrize("warmup", [False, True])

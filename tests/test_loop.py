@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from rqvae import backends
 from rqvae.configuration import read
 from rqvae.durations import Duration
@@ -22,8 +24,6 @@ from rqvae.trainers.parts import Parts
 from rqvae.trainers.settings import CheckpointSettings
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from tests.conftest import assert_same, only, rows, tensors
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import assert_same, finish, only, rows, start, tensors, without_times
 
 SLOW = '[{"class_path": "tests.observers.Slow", "init_args": {"seconds": 0.15}}]'
@@ -75,7 +76,9 @@ def test_resume_ckpt_starts_a_new_run_from_the_full_state(tmp_path: Path, cli, c
     assert cli(*command(config, tmp_path / "whole")) == 0
     whole = only(tmp_path / "whole" / "p")
     half = whole / "checkpoints" / "step_00000015"
-    line = command(config, tmp_path / "half", "--resume-ckpt", half, "--logging.progress", "false", "--ema.warmup", "true")
+    line = command(
+        config, tmp_path / "half", "--resume-ckpt", half, "--logging.progress", "false", "--ema.warmup", "true"
+    )
     assert cli(*line) == 0
     resumed = only(tmp_path / "half" / "p")
     assert_same(tensors(whole, 20), tensors(resumed, 20))

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import finish, largest_difference, only, rows, start, tensors
 
 STEPS = 6

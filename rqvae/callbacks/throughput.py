@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,11 @@ class Progress(Observer):
         if run.is_main:
             clock = run.clock
             self._bar = tqdm(
-                total=clock.total_steps, initial=clock.step, desc=run.folder.name, unit="it", mininterval=1
+                total=clock.total_steps,
+                initial=clock.step,
+                desc=run.folder.name,
+                unit="it",
+                mininterval=1 if sys.stderr.isatty() else 30,  # a file does not want a line a second
             )
             self._since, self._images = time.monotonic(), clock.images
 

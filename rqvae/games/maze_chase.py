@@ -38,6 +38,10 @@ PLAYER_EYE: Colour = (10, 60, 40)
 GHOST_EYE: Colour = (250, 250, 250)
 GHOSTS: tuple[Colour, ...] = ((238, 70, 86), (240, 128, 40), (226, 104, 226), (70, 200, 240))
 
+DOTS = 0.8
+"""Share of the open cells that hold a dot at first. With a dot in each, 7 of 10 frames of the val and test
+episodes of a 32-pixel recording of 20,000 frames also occur in its train episodes; so, 4 to 5."""
+
 CHASE = 0.5
 """Share of a ghost's choices that lead towards the player; the others are random."""
 
@@ -123,7 +127,7 @@ class MazeChase:
         self._steps, self._over = 0, False
         self._dots = bytearray(self.cells**2)
         for cell in self._open:
-            self._dots[cell] = cell != self._player
+            self._dots[cell] = self._rng.random() < DOTS and cell != self._player
         self._paint()
         return self.render()
 

@@ -27,9 +27,9 @@ COLUMNS = {"action": np.int16, "episode": np.int32}
 class GameFrames(LabeledImageDataset):
     """Single frames of a recording (`python -m rqvae collect`), with the last `history` actions before each.
 
-    The splits are of whole episodes, 5 % for test, 5 % for val (at least one each), the rest for train, ranked by a hash
-    of (seed of the recording, episode). Different episodes show identical frames, mostly at their starts; so of val every
-    frame that also occurs in train is left out, and of test every frame that occurs in either.
+    The splits are of whole episodes, 5 % for test, 5 % for val (at least one each), the rest for train, ranked by a
+    hash of (seed of the recording, episode). Different episodes may show identical frames; so of val every frame that
+    also occurs in train is left out, and of test every frame that occurs in either.
 
     Args:
         split: train, val or test.
@@ -80,9 +80,7 @@ class GameFrames(LabeledImageDataset):
         episode = np.concatenate(episodes)
         longest = int(np.bincount(episode).max())
         if self.history >= longest:
-            raise BadInput(
-                f"history: expected less than {longest}, the longest episode of {self.root}, got {self.history}"
-            )
+            raise BadInput(f"history: expected less than {longest}, longest episode of {self.root}, got {self.history}")
         split_of = np.array([rank[k] for k in range(meta["episodes"])])[episode]
         self._keep(np.concatenate(hashes), split_of)
         self._frames, self._action = np.concatenate(frames), np.concatenate(actions).astype(np.int64)
@@ -178,7 +176,7 @@ def _read_shard(path: Path, entry: dict[str, Any], size: int) -> dict[str, npt.N
             columns = {name: np.asarray(table[name]) for name in ("frames", *COLUMNS)}
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: expected the columns frames, action, episode, got {error!r}") from error
-    expected = {"frames": (np.dtype(np.uint8), (entry["frames"], size, size, 3))}
+    expected: dict[str, Any] = {"frames": (np.dtype(np.uint8), (entry["frames"], size, size, 3))}
     expected |= {name: (np.dtype(dtype), (entry["frames"],)) for name, dtype in COLUMNS.items()}
     for name, column in columns.items():
         if (column.dtype, column.shape) != expected[name]:

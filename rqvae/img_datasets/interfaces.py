@@ -225,7 +225,7 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
         raise NotImplementedError
 
     def open(self) -> None:
-        """Look at the disk: build the index, raise `BadInput` if something is missing. Called before samples are read."""
+        """Look at the disk: build the index, raise `BadInput` if something is missing. Comes before any sample."""
 
     def fingerprint(self) -> str:
         """A text that changes when the data change; the cached statistics of a run are keyed by it."""

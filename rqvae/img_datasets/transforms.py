@@ -38,10 +38,8 @@ class TrainTransform(Transform):
         img = sample.require_img()
         sample = replace(sample, img=torch.where(flipped, img.flip(-1), img))
         if isinstance(sample.condition, MaskCondition):
-            mask = sample.condition.mask
-            sample = replace(
-                sample, condition=replace(sample.condition, mask=torch.where(flipped, mask.flip(-1), mask))
-            )
+            mask = torch.where(flipped, sample.condition.mask.flip(-1), sample.condition.mask)
+            sample = replace(sample, condition=replace(sample.condition, mask=mask))
         return sample
 
 

@@ -38,45 +38,6 @@ def image_grid(images_nchw_u8: np.ndarray, columns: int, gap: int = 2, scale: in
     return sheet
 
 
-def comparison_grid(
-    images_nchw_u8: np.ndarray,
-    recons_nchw_u8: np.ndarray,
-    columns: int = 3,
-    gap: int = 2,
-    scale: int = 1,
-    gain: int = 4,
-) -> np.ndarray:
-    """Triples original | reconstruction | error, `columns` triples in a row.
-
-    The error is |original - reconstruction| per channel times `gain`, cut at 255: black is exact.
-
-    Args:
-        images_nchw_u8: (N, 3, H, W) uint8 originals.
-        recons_nchw_u8: their reconstructions, same shape.
-        columns: triples in a row.
-        gap: pixels between the images of a triple; triples are 4 gaps apart.
-        scale: see `image_grid`.
-        gain: factor of the error.
-
-    Returns:
-        (H', W', 3) uint8.
-
-    Raises:
-        BadInput: see `image_grid`; shapes that differ.
-    """
-    _check_images("images", images_nchw_u8)
-    _check_images("reconstructions", recons_nchw_u8)
-    if images_nchw_u8.shape != recons_nchw_u8.shape:
-        raise BadInput(f"reconstructions: expected shape {images_nchw_u8.shape}, got {recons_nchw_u8.shape}")
-    error = np.abs(images_nchw_u8.astype(np.int64) - recons_nchw_u8) * gain
-    error_u8 = np.minimum(error, 255).astype(np.uint8)
-    triples = [
-        image_grid(np.stack(triple), 3, gap, scale).transpose(2, 0, 1)
-        for triple in zip(images_nchw_u8, recons_nchw_u8, error_u8, strict=True)
-    ]
-    return image_grid(np.stack(triples), columns, gap=4 * gap)
-
-
 def _check_images(name: str, images: np.ndarray) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not len(images) or images.dtype != np.uint8:
         raise BadInput(f"{name}: expected uint8 (N, 3, H, W) with N >= 1, got {images.dtype} {images.shape}")

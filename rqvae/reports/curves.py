@@ -151,9 +151,10 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
     panel.set_facecolor("none")
     panel.set_yscale(scale)
     last = [_draw_run(panel, run, key, against, _colour(k)) for k, run in enumerate(runs) if key in run.keys]
-    panel.set_title(f"{key} (log)" if scale == "log" else key, loc="left", fontsize=8.5, fontweight="semibold")
+    size = 8.5 if len(key) <= 24 else 7  # a long name leaves room for the value
+    panel.set_title(f"{key} (log)" if scale == "log" else key, loc="left", fontsize=size, fontweight="semibold")
     if len(runs) == 1 and scale == "linear":
-        panel.set_title(show(last[0]), loc="right", fontsize=8.5, color=COLOURS[0])
+        panel.set_title(show(last[0]), loc="right", fontsize=size, color=COLOURS[0])
     panel.grid(axis="y", color=INK, alpha=0.13, linewidth=0.5)
     panel.tick_params(length=2, labelsize=7.5)
     panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=against in ("step", "images")))
@@ -164,7 +165,8 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
         panel.yaxis.set_minor_formatter(NullFormatter())
     else:
         panel.yaxis.set_major_locator(MaxNLocator(5))
-    panel.set_xlim(0, 1.01 * max(run.rows[-1][against] for run in runs))
+    ends = [run.seconds if against == "time" else run.rows[-1][against] for run in runs]
+    panel.set_xlim(0, 1.01 * max(ends) or None)
 
 
 def _draw_run(panel: Axes, run: Metrics, key: str, against: str, colour: str) -> float:

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from typing_extensions import Self
 
 from rqvae.errors import BadInput
 from rqvae.reports.page import Cell, Page, Tile, show
 from rqvae.reports.run_files import flatten, read_mapping, read_run
 from rqvae.reports.run_report import add_curves, add_facts
 
-HEADLINES = ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "cpu_seconds")
+HEADLINES = ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "seconds", "cpu_seconds")
+
+
+_KINDS: dict[type, str] = {float: "a number", str: "a text", list: "a list", dict: "a mapping"}
+Kind = TypeVar("Kind", float, str, list, dict)
+RECON_ROWS = ("recorded", "decoded", "error × 4")
 
 
 @dataclass(frozen=True)
@@ -22,39 +29,55 @@ class DemoInputs:
     Args:
         stage1: folder of the autoencoder's run.
         stage2: folder of the generator's run.
-        reconstructions: sheets of triples original | reconstruction | error x 4, as
-            `rqvae.metrics.grids.comparison_grid` makes them.
-        samples: name of an action -> sheet of samples under it.
-        zoom: size of a sheet's pixel on the page; 3 suits sheets of 32-pixel frames that were not scaled.
+        reconstructions: sheet of three rows: recorded frames, their reconstructions, absolute error x 4.
+        samples: sheet of one row an action.
+        actions: names of the actions, in the order of the rows.
     """
 
     stage1: Path
     stage2: Path
-    reconstructions: Sequence[Path]
-    samples: Mapping[str, Path]
-    zoom: float = 3
+    reconstructions: Path
+    samples: Path
+    actions: Sequence[str]
+
+    @classmethod
+    def of(cls, root: Path, summary: Mapping[str, Any]) -> Self:
+        """As the demo's parts leave them: the runs by summary.json, the action names by the recording's meta.json.
+
+        Raises:
+            BadInput: a key that is missing, or no meta.json.
+        """
+        meta_path = root / "frames" / "meta.json"
+        return cls(
+            stage1=Path(_get(summary, "stage1_run", root / "summary.json", str)),
+            stage2=Path(_get(summary, "stage2_run", root / "summary.json", str)),
+            reconstructions=root / "recon" / "grids" / "reconstructions.png",
+            samples=root / "samples.png",
+            actions=_get(read_mapping(meta_path), "action_names", meta_path, list),
+        )
 
 
-def write_demo_report(root: Path, inputs: DemoInputs) -> Path:
+def write_demo_report(root: Path, inputs: DemoInputs | None = None) -> Path:
     """Write `root/report/index.html`, one self-contained page, from `root/summary.json` and the inputs.
 
-    summary.json holds `stage1_psnr` (dB), `stage1_ssim`, `nearest_train_psnr` (dB), `cpu_seconds`, and `seconds`: a
-    number, or seconds by part of the demo. What else it holds is listed at the end of the page.
+    summary.json holds `stage1_psnr` (dB), `stage1_ssim`, `nearest_train_psnr` (dB), `seconds` and `cpu_seconds` of all
+    parts, and of each in `parts`: {name: {"seconds": s, "cpu_seconds": s}}. What else it holds is listed at the end.
 
     Args:
         root: the demo's folder.
-        inputs: the runs and the pictures.
+        inputs: runs and pictures; None for those of `DemoInputs.of`.
 
     Returns:
         The page.
 
     Raises:
-        BadInput: a file that is missing or cannot be read, a key that is missing or no number.
+        BadInput: a file that is missing or cannot be read, a key that is missing or of another type.
     """
     summary_path = root / "summary.json"
     summary = read_mapping(summary_path)
-    numbers = {key: _number(summary, key, summary_path) for key in HEADLINES}
-    seconds = _seconds(summary, summary_path)
+    numbers = {key: _get(summary, key, summary_path, float) for key in HEADLINES}
+    parts = _get(summary, "parts", summary_path, dict)
+    inputs = inputs or DemoInputs.of(root, summary)
     stage1, stage2 = read_run(inputs.stage1), read_run(inputs.stage2)
 
     page = Page(
@@ -62,30 +85,34 @@ def write_demo_report(root: Path, inputs: DemoInputs) -> Path:
         "An autoencoder learned the frames of a small maze game, a diffusion transformer learned its latents.",
         "Made from summary.json, metrics.jsonl, config.yaml and environment.json; the page loads nothing.",
     )
-    page.tiles(*_tiles(numbers, seconds))
-    page.heading("Reconstructions")
-    caption = (
-        "Frames of the test split, in triples: the recorded frame, what the autoencoder makes of it, and the absolute "
-        "error x 4 (black: exact). No frame of this split is in the train split."
-    )
-    for path in inputs.reconstructions:
-        page.picture(path, caption, inputs.zoom)
-    page.heading("Samples by action")
-    caption = "Frames that the diffusion model made from noise and decoded, each sheet under the action that led to it."
-    page.gallery(inputs.samples, caption, inputs.zoom)
+    page.tiles(*_tiles(numbers))
+    _add_pictures(page, inputs)
     page.heading("Stage 1: the autoencoder and its discriminator")
     add_curves(page, [stage1])
     page.heading("Stage 2: the diffusion transformer")
     add_curves(page, [stage2])
     page.heading("Where the time went")
-    _add_seconds(page, seconds)
+    _add_parts(page, parts, numbers, summary_path)
     page.heading("The runs")
     add_facts(page, {"stage 1": stage1, "stage 2": stage2})
     _add_rest(page, summary)
     return page.write(root / "report" / "index.html")
 
 
-def _tiles(numbers: Mapping[str, float], seconds: Mapping[str, float]) -> list[Tile]:
+def _add_pictures(page: Page, inputs: DemoInputs) -> None:
+    page.heading("Reconstructions")
+    caption = (
+        "Frames of the test split, none of which is in the train split: as recorded, what the autoencoder makes of "
+        "them, and the absolute error times four (black: exact)."
+    )
+    page.picture(inputs.reconstructions, caption, zoom=2, rows=RECON_ROWS)
+    page.heading("Samples by action")
+    caption = "Frames that the diffusion model made from noise and the autoencoder decoded: one row an action."
+    page.picture(inputs.samples, caption, rows=inputs.actions)
+
+
+def _tiles(numbers: Mapping[str, float]) -> list[Tile]:
+    cpu = f"wall clock, all parts; {show(numbers['cpu_seconds'])} s of CPU time"
     return [
         Tile("Stage 1 PSNR", numbers["stage1_psnr"], "dB", "test split, 8-bit RGB, mean over images"),
         Tile("Stage 1 SSIM", numbers["stage1_ssim"], "", "test split; 1 is identical"),
@@ -93,37 +120,34 @@ def _tiles(numbers: Mapping[str, float], seconds: Mapping[str, float]) -> list[T
             "Samples: nearest train frame",
             numbers["nearest_train_psnr"],
             "dB",
-            "PSNR of a sample and the train frame closest to it: high is a frame of this game",
+            "PSNR of a sample to the most similar train frame: low is no frame of the game",
         ),
-        Tile("Time", sum(seconds.values()), "s", f"all parts; {show(numbers['cpu_seconds'])} s of CPU time"),
+        Tile("Time", numbers["seconds"], "s", cpu),
     ]
 
 
-def _add_seconds(page: Page, seconds: Mapping[str, float]) -> None:
-    total = sum(seconds.values())
-    rows: list[list[Cell]] = [[part, value, round(100 * value / total, 1)] for part, value in seconds.items()]
-    rows.append(["total", total, 100.0])
-    page.table(["part", "seconds", "% of all"], rows, "Wall-clock seconds by part of the demo.")
+def _add_parts(page: Page, parts: Mapping[str, Any], total: Mapping[str, float], path: Path) -> None:
+    """Seconds by part; the last row is the sum that summary.json gives."""
+    rows: list[list[Cell]] = []
+    for name in parts:
+        cost = _get(parts, name, path, dict, "parts.")
+        rows.append([name, *(_get(cost, key, path, float, f"parts.{name}.") for key in ("seconds", "cpu_seconds"))])
+    rows.append(["all", total["seconds"], total["cpu_seconds"]])
+    page.table(["part", "seconds", "CPU seconds"], rows, "Wall-clock and CPU seconds by part of the demo.")
 
 
 def _add_rest(page: Page, summary: Mapping[str, Any]) -> None:
-    rest = flatten({key: value for key, value in summary.items() if key not in (*HEADLINES, "seconds")})
+    rest = flatten({key: value for key, value in summary.items() if key not in (*HEADLINES, "parts")})
     if rest:
         page.table(["", "value"], [[key, value] for key, value in rest.items()], "What else summary.json holds.")
 
 
-def _seconds(summary: Mapping[str, Any], path: Path) -> dict[str, float]:
-    """Seconds by part; one part called `demo` where only their sum is given."""
-    parts = summary.get("seconds")
-    if isinstance(parts, Mapping) and parts:
-        return {key: _number(parts, key, path, "seconds.") for key in parts}
-    return {"demo": _number(summary, "seconds", path)}
-
-
-def _number(content: Mapping[str, Any], key: str, path: Path, prefix: str = "") -> float:
+def _get(content: Mapping[str, Any], key: str, path: Path, kind: type[Kind], prefix: str = "") -> Kind:
+    """A key of a file, of the type asked for; an integer is a number, too, a boolean is not."""
     if key not in content:
-        raise BadInput(f"{path}: key {prefix}{key}: expected a number, there is no such key")
+        raise BadInput(f"{path}: key {prefix}{key}: expected {_KINDS[kind]}, there is no such key")
     value = content[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadInput(f"{path}: key {prefix}{key}: expected a number, got {value!r}")
+    fits = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+    if not fits:
+        raise BadInput(f"{path}: key {prefix}{key}: expected {_KINDS[kind]}, got {value!r}")
     return value

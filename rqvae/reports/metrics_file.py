@@ -30,10 +30,19 @@ class Metrics:
         return list(dict.fromkeys(key for row in self.rows for key in row if "/" in key))
 
     def series(self, key: str, against: str = "step") -> tuple[np.ndarray, np.ndarray]:
-        """The rows that have `key`: (n,) of `against` and (n,) of values, NaN where a value was not finite."""
+        """The rows that have `key`: (n,) of `against` and (n,) of values, NaN where a value was not finite.
+
+        `time` is logged by the clock on the wall and given here in seconds from the first row on.
+        """
         found = [(row[against], row[key]) for row in self.rows if key in row]
         pairs = np.array([(x, np.nan if y is None else y) for x, y in found], dtype=np.float64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        start = self.rows[0]["time"] if against == "time" else 0
+        return pairs[:, 0] - start, pairs[:, 1]
+
+    @property
+    def seconds(self) -> float:
+        """From the first row to the last, pauses of a run that was taken up again included."""
+        return self.rows[-1]["time"] - self.rows[0]["time"]
 
 
 def read_metrics(path: Path, name: str) -> Metrics:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
@@ -76,13 +76,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, and how wide it is shown."""
+    """A picture as a data URI, how wide it is shown, and what its rows are, if it is a sheet."""
 
     label: str
     uri: str
     width: int
     height: int
     zoom: float
+    rows: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ class Page:
         """Add a vector drawing of ours, see `rqvae.reports.curves`."""
         self.blocks.append(Drawing(Markup(svg), caption))
 
-    def picture(self, source: Path | bytes, caption: str, zoom: float = 1) -> None:
-        """Add one picture, see `gallery`."""
-        self.gallery({"": source}, caption, zoom)
+    def picture(self, source: Path | bytes, caption: str, zoom: float = 1, rows: Sequence[str] = ()) -> None:
+        """Add one picture, see `gallery`; `rows` name the rows of a sheet of equal images, from above."""
+        picture = replace(_embed("", source, zoom), rows=rows)
+        self.blocks.append(Gallery([picture], caption))
 
     def gallery(self, sources: Mapping[str, Path | bytes], caption: str, zoom: float = 1) -> None:
         """Add pictures side by side.

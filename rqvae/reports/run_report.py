@@ -62,7 +62,9 @@ def write_report(out_html: Path, *, title: str, runs: Sequence[Path], against: X
 def add_facts(page: Page, runs: dict[str, RunFiles]) -> None:
     """A table with a column for each run: how far it came, what it is, where it was computed."""
     columns = {label: run_facts(run) for label, run in runs.items()}
-    names = dict.fromkeys(name for facts in columns.values() for name in facts)
+    names = list(dict.fromkeys(name for facts in columns.values() for name in facts))
+    groups = list(dict.fromkeys(name.split()[0] for name in names))
+    names.sort(key=lambda name: groups.index(name.split()[0]))
     rows = [[name, *(facts.get(name) for facts in columns.values())] for name in names]
     caption = "How far the runs came (last row of metrics.jsonl), from config.yaml, and from environment.json."
     page.table(["", *columns], rows, caption)
@@ -73,7 +75,7 @@ def run_facts(run: RunFiles) -> dict[str, Cell]:
     last = run.metrics.rows[-1]
     facts: dict[str, Cell] = {name: last[name] for name in ("step", "images", "epoch") if name in last}
     if "time" in last:
-        facts["seconds"] = last["time"]
+        facts["seconds, first row to last"] = run.metrics.seconds
     facts |= {name: run.config[key] for key, name in FACTS.items() if key in run.config}
     for start in ENVIRONMENT:
         for key, value in run.environment.items():

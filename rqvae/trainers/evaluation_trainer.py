@@ -17,6 +17,7 @@ from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetW
 from rqvae.metrics.grids import image_grid
 from rqvae.metrics.reconstruction import psnr, ssim, to_8bit_levels, to_uint8
 from rqvae.models.interfaces import Stage1Model
+from rqvae.randomness import Draw
 from rqvae.run import DataSettings
 from rqvae.trainers import checkpoint
 
@@ -32,12 +33,14 @@ class SplitWalk:
         split: which split; its dataset is opened at the first pass.
         backend: this rank.
         dtype: of the images.
+        draws: random numbers of each sample, where the encoder is to sample as in training.
     """
 
     data: DataSettings
     split: Split
     backend: Backend
     dtype: torch.dtype = torch.float32
+    draws: dict[str, Draw] = field(default_factory=dict)
     _stream: LabeledImageDatasetWrapper | None = field(default=None, init=False)
 
     @property
@@ -46,7 +49,7 @@ class SplitWalk:
         if self._stream is None:
             dataset, transform = self.data.make(self.split)
             dataset.open()
-            self._stream = LabeledImageDatasetWrapper(dataset, transform, {}, seed=0, shuffle=False)
+            self._stream = LabeledImageDatasetWrapper(dataset, transform, self.draws, seed=0, shuffle=False)
         return self._stream
 
     def batches(self, images: int = 0, start: int = 0) -> Iterator[tuple[LabeledImageData, Tensor]]:

@@ -6,14 +6,23 @@ import json
 import logging
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from rqvae.trainers.settings import LogSettings
 
 log = logging.getLogger(__name__)
+
+
+class _AboveTheBar(logging.Handler):
+    """Writes lines to stderr without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> None:
@@ -25,7 +34,7 @@ def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> 
     form = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     handlers: list[logging.Handler] = []
     if rank == 0 and not quiet:
-        handlers.append(logging.StreamHandler())
+        handlers.append(_AboveTheBar())
     if file is not None:
         handlers.append(logging.FileHandler(file))
     for handler in handlers or [logging.NullHandler()]:

@@ -1,0 +1,323 @@
+"""The maze game, its players and its recorder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rqvae.errors import BadInput
+from rqvae.games import collect as collect_module
+from rqvae.games import maze_chase as mc
+from rqvae.games.collect import collect
+from rqvae.games.maze_chase import ACTION_NAMES, MazeChase, make_maze
+from rqvae.games.policies import PersistentRandom
+from rqvae.randomness import fold
+
+
+def frames_of(game: MazeChase, actions: list[int]) -> list[bytes]:
+    """Frames after each action, until the episode is over."""
+    out = []
+    for action in actions:
+        frame, reward, terminated, truncated = game.step(action)
+        out.append(frame.tobytes() + np.float64(reward).tobytes())
+        if terminated or truncated:
+            break
+    return out
+
+
+def random_actions(seed: int, n: int) -> list[int]:
+    return [int(a) for a in np.random.default_rng(seed).integers(0, 5, n)]
+
+
+def cell_colours(frame: np.ndarray, cell: tuple[int, int]) -> set[tuple[int, ...]]:
+    r, c = cell
+    return {tuple(int(v) for v in p) for p in frame[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].reshape(-1, 3)}
+
+
+@pytest.mark.parametrize(("cells", "seed"), [(8, 0), (8, 3), (9, 0), (12, 1), (16, 0), (16, 5)])
+def test_maze_is_connected_with_loops_and_without_dead_ends(cells: int, seed: int) -> None:
+    from skimage.measure import euler_number, label
+
+    walls = make_maze(cells, seed)
+    inner = walls.copy()
+    inner[1:-1, 1:-1] = True
+    assert inner.all(), "the border is closed"
+    assert label(~walls, connectivity=1).max() == 1
+    assert euler_number(~walls, connectivity=1) < 0, "at least two loops"
+    neighbours = sum(np.roll(~walls, s, axis).astype(int) for s in (1, -1) for axis in (0, 1))
+    assert neighbours[~walls].min() >= 2
+    assert np.array_equal(walls, walls[::-1, ::-1])
+
+
+def test_frames_are_a_function_of_seed_and_actions() -> None:
+    actions = random_actions(0, 60)
+    one, two = MazeChase(seed=7), MazeChase(seed=1)
+    two.reset(7)
+    assert frames_of(one, actions) == frames_of(two, actions)
+    other = MazeChase(seed=8)
+    assert other.render().tobytes() != MazeChase(seed=7).render().tobytes()
+
+
+def test_a_clone_goes_on_exactly_and_is_not_touched_by_what_follows() -> None:
+    game = MazeChase(size=64, num_ghosts=3, seed=3)
+    frames_of(game, random_actions(1, 5))
+    state = game.clone_state()
+    actions = random_actions(2, 80)
+    first = frames_of(game, actions)
+    game.restore_state(state)
+    assert frames_of(game, actions) == first
+    elsewhere = MazeChase(size=64, num_ghosts=3, seed=99)
+    elsewhere.restore_state(state)
+    assert frames_of(elsewhere, actions) == first
+    elsewhere.restore_state(state)
+    elsewhere._rng.random()
+    assert frames_of(elsewhere, actions) != first, "the generator is part of the state"
+
+
+def test_a_state_of_another_maze_is_refused() -> None:
+    state = MazeChase(size=32).clone_state()
+    with pytest.raises(BadInput, match="state"):
+        MazeChase(size=64).restore_state(state)
+    with pytest.raises(BadInput, match="state"):
+        MazeChase(size=32, num_ghosts=2).restore_state(state)
+
+
+def test_player_obeys_turns_and_walls_and_noop_goes_on() -> None:
+    """Against the rules written out once more, on the grid alone."""
+    game, seen = MazeChase(seed=0), set()
+    for seed in range(40):
+        game.reset(seed)
+        for action in random_actions(seed, 30):
+            before = game.clone_state()
+            row, column = divmod(before.player, 8)
+            moves = {1: (-1, 0), 2: (0, 1), 3: (0, -1), 4: (1, 0)}
+            turn = action != 0 and not game.walls[row + moves[action][0], column + moves[action][1]]
+            facing = action if turn else before.facing
+            dr, dc = moves[facing]
+            blocked = bool(game.walls[row + dr, column + dc])
+            expected = (row, column) if blocked else (row + dr, column + dc)
+            _, reward, terminated, truncated = game.step(action)
+            after = game.clone_state()
+            assert divmod(after.player, 8) == expected
+            assert reward == before.dots[after.player]
+            assert sum(before.dots) - sum(after.dots) == reward
+            seen.add((turn, blocked, action == 0))
+            if terminated or truncated:
+                break
+    assert {(True, False, False), (False, True, False), (False, False, True), (False, True, True)} <= seen
+
+
+def test_episode_ends_when_caught_cleared_or_out_of_steps() -> None:
+    ends = set()
+    for seed in range(60):
+        game = MazeChase(max_steps=150, seed=seed)
+        policy = PersistentRandom(5, seed, care=1.0 if seed % 2 else 0.0)
+        while True:
+            before = game.clone_state()
+            _, _, terminated, truncated = game.step(policy.act(game.is_safe))
+            state = game.clone_state()
+            caught = any(
+                g == state.player or (g == before.player and old == state.player)
+                for old, g in zip(before.ghosts, state.ghosts, strict=True)
+            )
+            cleared = not any(state.dots)
+            assert terminated == (caught or cleared)
+            assert truncated == (not terminated and state.steps == 150)
+            if terminated or truncated:
+                ends |= {name for name, flag in (("caught", caught), ("cleared", cleared), ("cut", truncated)) if flag}
+                break
+        with pytest.raises(RuntimeError, match="over"):
+            game.step(0)
+    assert ends == {"caught", "cleared", "cut"}
+
+
+def test_a_safe_action_is_never_the_last() -> None:
+    """`is_safe` against trying the action 20 times from a fork."""
+    game, checked = MazeChase(num_ghosts=2, seed=5), 0
+    for seed in range(12):
+        game.reset(seed)
+        for action in random_actions(seed, 25):
+            state = game.clone_state()
+            if game.is_safe(action) and sum(state.dots) > 1:
+                for k in range(20):
+                    game._rng = np.random.Generator(np.random.PCG64(k))
+                    _, _, terminated, _ = game.step(action)
+                    assert not terminated
+                    game.restore_state(state)
+                checked += 1
+            _, _, terminated, truncated = game.step(action)
+            if terminated or truncated:
+                break
+    assert checked > 40
+
+
+def test_frame_shows_the_state() -> None:
+    game = MazeChase(size=64, num_ghosts=4, seed=2)
+    for action in (0, *random_actions(4, 12)):
+        frame, _, terminated, _ = game.step(action)
+        assert frame.shape == (64, 64, 3)
+        assert frame.dtype == np.uint8
+        state = game.clone_state()
+        taken = {state.player, *state.ghosts}
+        for cell in range(256):
+            colours = cell_colours(frame, divmod(cell, 16))
+            if game.walls[divmod(cell, 16)]:
+                assert colours <= {mc.WALL, mc.WALL_LIT}
+            elif cell not in taken:
+                assert colours == ({mc.DOT, mc.FLOOR} if state.dots[cell] else {mc.FLOOR})
+        for i, cell in enumerate(state.ghosts):
+            if cell not in state.ghosts[i + 1 :]:
+                assert mc.GHOSTS[i] in cell_colours(frame, divmod(cell, 16))
+        if state.player not in state.ghosts:
+            assert {mc.PLAYER, mc.PLAYER_EYE} <= cell_colours(frame, divmod(state.player, 16))
+        if terminated:
+            break
+    colours = [mc.FLOOR, mc.WALL, mc.WALL_LIT, mc.DOT, mc.PLAYER, mc.PLAYER_EYE, mc.GHOST_EYE, *mc.GHOSTS]
+    assert len(set(colours)) == len(colours)
+
+
+@pytest.mark.parametrize("arguments", [{"size": 33}, {"size": 28}, {"num_ghosts": 0}, {"max_steps": 0}])
+def test_bad_arguments_name_themselves(arguments: dict[str, int]) -> None:
+    with pytest.raises(BadInput, match=next(iter(arguments))):
+        MazeChase(**arguments)
+    with pytest.raises(BadInput, match="action"):
+        MazeChase().step(5)
+
+
+def test_policy_keeps_each_action_for_its_steps() -> None:
+    policy = PersistentRandom(5, seed=0)
+    actions = [policy.act(lambda _: True) for _ in range(4000)]
+    edges = np.flatnonzero(np.diff(actions)) + 1
+    runs = np.diff(edges)
+    assert runs.min() >= 2, "an equal action drawn again only makes a run longer"
+    assert set(actions) == set(range(5))
+    assert np.bincount(actions).min() > 4000 / 5 * 0.7
+    again = PersistentRandom(5, seed=0)
+    assert actions == [again.act(lambda _: True) for _ in range(4000)]
+
+
+def test_policy_gives_up_what_is_not_safe() -> None:
+    policy = PersistentRandom(5, seed=0, care=1.0)
+    assert {policy.act(lambda action: action in (2, 4)) for _ in range(300)} == {2, 4}
+    assert policy.act(lambda _: False) in range(5)
+
+
+def test_recording_replays_from_its_numbers(tmp_path: Path) -> None:
+    done = []
+    meta = collect("maze-chase", 1500, 32, tmp_path, seed=4, shard_frames=400, progress=done.append)
+    assert sum(done) == 1500
+    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    assert meta["action_names"] == list(ACTION_NAMES) == ["NOOP", "UP", "RIGHT", "LEFT", "DOWN"]
+    assert len(meta["shards"]) >= 2
+    tables = []
+    for entry in meta["shards"]:
+        content = (tmp_path / entry["file"]).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        with np.load(tmp_path / entry["file"], allow_pickle=False) as table:
+            tables.append(dict(table))
+        assert len(tables[-1]["frames"]) == entry["frames"]
+    column = {name: np.concatenate([t[name] for t in tables]) for name in tables[0]}
+    assert [str(column[n].dtype) for n in ("frames", "action", "reward", "done", "episode")] == [
+        "uint8", "int16", "float32", "bool", "int32",
+    ]  # fmt: skip
+    assert column["frames"].shape == (1500, 32, 32, 3)
+    assert not any(set(a["episode"]) & set(b["episode"]) for a, b in zip(tables, tables[1:], strict=False))
+    assert set(column["episode"]) == set(range(meta["episodes"]))
+    game = MazeChase(size=32)
+    for k in range(meta["episodes"]):
+        rows = np.flatnonzero(column["episode"] == k)
+        frame = game.reset(fold(4, "episode", k))
+        for i in rows:
+            assert np.array_equal(column["frames"][i], frame)
+            frame, reward, terminated, truncated = game.step(int(column["action"][i]))
+            assert column["reward"][i] == reward
+            assert column["done"][i] == (terminated or truncated)
+        assert column["done"][rows[-1]] == (k < meta["episodes"] - 1 or meta["last_episode_complete"])
+
+
+def test_a_complete_recording_is_reused_and_another_refused(tmp_path: Path) -> None:
+    meta = collect("maze-chase", 300, 32, tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert collect("maze-chase", 300, 32, tmp_path) == meta
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+    with pytest.raises(BadInput, match=r"meta\.json: frames: expected 301, got a recording with 300"):
+        collect("maze-chase", 301, 32, tmp_path)
+    (tmp_path / "shard-00000.npz").write_bytes(b"short")
+    assert collect("maze-chase", 300, 32, tmp_path) == meta, "a damaged one is done again"
+    assert (tmp_path / "shard-00000.npz").stat().st_size == meta["shards"][0]["bytes"]
+
+
+def test_a_failure_in_the_middle_leaves_no_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect("maze-chase", 900, 32, tmp_path / "whole", shard_frames=300)
+    calls = []
+
+    def full_disk(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(collect_module.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        collect("maze-chase", 900, 32, tmp_path / "half", shard_frames=300)
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == [".shard-00001.npz.partial", "shard-00000.npz"]
+    monkeypatch.undo()
+    assert collect("maze-chase", 900, 32, tmp_path / "half", shard_frames=300) == whole
+    assert not list((tmp_path / "half").glob(".*"))
+
+
+def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    code = (
+        "import sys; from pathlib import Path; from rqvae.games.collect import collect; "
+        f"collect('maze-chase', 10**7, 32, Path({str(out)!r}), shard_frames=300)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("shard-*.npz"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    assert not (out / "meta.json").exists()
+    for shard in out.glob("shard-*.npz"):
+        with np.load(shard) as table:
+            assert len(table["frames"]) >= 300
+    assert collect("maze-chase", 400, 32, out)["frames"] == 400
+    assert len(list(out.glob("shard-*.npz"))) == 1
+
+
+def test_collect_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="expected one of maze-chase, got chess"):
+        collect("chess", 10, 32, tmp_path / "a")
+    with pytest.raises(BadInput, match="frames"):
+        collect("maze-chase", 0, 32, tmp_path / "a")
+    assert not (tmp_path / "a").exists(), "nothing is written before the arguments are checked"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="file: expected a folder"):
+        collect("maze-chase", 10, 32, tmp_path / "file")
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(BadInput, match=r"meta\.json"):
+        collect("maze-chase", 10, 32, tmp_path)
+
+
+def test_speed_is_printed(tmp_path: Path) -> None:
+    game, policy = MazeChase(seed=0), PersistentRandom(5, 0)
+    start, steps = time.perf_counter(), 3000
+    for k in range(steps):
+        _, _, terminated, truncated = game.step(policy.act(game.is_safe))
+        if terminated or truncated:
+            game.reset(k)
+    middle = time.perf_counter()
+    collect("maze-chase", 3000, 32, tmp_path)
+    end = time.perf_counter()
+    print(f"steps/s {steps / (middle - start):.0f}, recorded frames/s {3000 / (end - middle):.0f}")
