@@ -188,3 +188,29 @@ def test_unfinished_row_survives_a_resume(tmp_path: Path, cli) -> None:
     assert a["step"] == b["step"] == 18
     assert {k: a[k] for k in a if k.startswith("train/loss")} == {k: b[k] for k in b if k.startswith("train/loss")}
     assert json.loads((half / "environment.json").read_text())["resumed_from"].endswith("step_00000015")
+
+
+def test_lpips_trains(tmp_path: Path, cli) -> None:
+    """With small random weights in the place of the ones that cannot be shipped."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    weights = {f"features.{k}": v for k, v in torchvision.models.alexnet(weights=None).features.state_dict().items()}
+    torch.save(weights, tmp_path / "alex.pth")
+    line = ["train", "configs/debug/stage1.yaml", "--project", "p", "--run-name", "r", "--train.steps", 2]
+    line += ["--data.dataset.init_args.size", 64, "--pictures.every", "null", "--online_eval.every", "null"]
+    lpips = json.dumps({"net": "alex", "trunk_weights": str(tmp_path / "alex.pth"), "weight": 2.0})
+    assert cli(*line, "--save-dir", tmp_path / "with", "--lpips", lpips) == 0
+    row = rows(only(tmp_path / "with" / "p"))[0]
+    parts = row["train/loss_recon"] + row["train/loss_latent"] + 2 * row["train/loss_lpips"]
+    assert row["train/loss_total"] == pytest.approx(parts, rel=1e-5)
+    assert not [k for k in tensors(only(tmp_path / "with" / "p"), 2) if "lpips" in k or "alex" in k]
+
+
+def test_bf16_keeps_weights_and_averages_in_fp32(tmp_path: Path, cli) -> None:
+    for name in ("stage1_gan", "stage2"):
+        line = ["train", f"configs/debug/{name}.yaml", "--project", name, "--run-name", "r", "--save-dir", tmp_path]
+        assert cli(*line, "--train.precision", "bf16", "--train.steps", 3) == 0
+        kept = tensors(only(tmp_path / name), 3)
+        assert {v.dtype for v in kept.values() if v.is_floating_point()} <= {torch.float32, torch.float64}
+        exact = read([f"configs/debug/{name}.yaml"])
+        assert exact.resolved["train"]["precision"] == "fp32"

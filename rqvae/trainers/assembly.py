@@ -95,10 +95,11 @@ def choose(request: TrainRequest, config: dict[str, Any]) -> Choice:
             load = TrainState.last_good(run)
             start = load or (checkpoint.find(Path(source)) if source else None)
             at = f"from {load.name}" if load else "from its start: it has no checkpoint yet"
-            return Choice(run, start, environment.get("wandb_id"), words=(f"going on with {run}, {at}",))
+            wandb_id = request.resume_wandb_id or environment.get("wandb_id")
+            return Choice(run, start, wandb_id, words=(f"going on with {run}, {at}",))
     folder = request.place.new()
     if not source:
-        return Choice(folder, words=(f"new run {folder}",))
+        return Choice(folder, wandb_id=request.resume_wandb_id, words=(f"new run {folder}",))
     load = checkpoint.find(Path(source))
     old = load.parent.parent / "config.yaml"
     rows = changed_keys(read_config(old.parent), config) if old.exists() else []
@@ -148,7 +149,7 @@ class TrainingJob:
         if choice.finished:
             return 0
         if choice.folder.exists():
-            self._take(choice)  # before its checkpoint is read: nobody else may be writing there
+            self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
         stream.draws = parts.draws
@@ -159,7 +160,8 @@ class TrainingJob:
         elif parts.before_start:
             parts.before_start()
         if self._lock is None:
-            self._take(choice)  # a new folder is made only now: a wrong checkpoint leaves nothing behind
+            counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.counted.items()}
+            self._take(choice, {"parameters": counts})  # a new folder is made only now: a wrong checkpoint leaves nothing behind
         return self._fit(choice, parts, state, clock, stream)
 
     def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
@@ -176,15 +178,15 @@ class TrainingJob:
         clock.total_steps = clock.steps_of(Duration.parse(run.train.steps))
         return LabeledImageDatasetWrapper(dataset, transform, {}, run.train.seed, shuffle=True), clock
 
-    def _take(self, choice: Choice) -> None:
-        """Make the folder where it is new, and hold its lock on rank 0."""
+    def _take(self, choice: Choice, facts: dict[str, Any]) -> None:
+        """Make the folder where it is new, with `facts` in environment.json, and hold its lock on rank 0."""
 
         def take() -> None:
             if not choice.folder.exists():
                 source = str(Path(self.request.resume_ckpt).resolve()) if self.request.resume_ckpt else None
                 backend = self.backend
-                facts = {"backend": backend.name, "world_size": backend.world_size, "resumed_from": source}
-                write_new(choice.folder, self.config, describe_environment(**facts))
+                place = {"backend": backend.name, "world_size": backend.world_size, "resumed_from": source}
+                write_new(choice.folder, self.config, describe_environment(**place, **facts))
             lock = RunLock(choice.folder)
             lock.acquire()
             self._lock = lock

@@ -1,0 +1,23 @@
+"""`python -m benchmarks.figures ISSUE`: repeat the figures that belong to an issue of the project's tracker."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+FIGURES: dict[str, list[list[str]]] = {
+    "3": [["demo_scores"], ["trainer_overhead"], ["dit_step", "--peer", os.environ.get("DIT", "DiT")], ["code_size"]],
+}
+
+
+def main() -> None:
+    issue = sys.argv[1] if len(sys.argv) > 1 else ""
+    if issue not in FIGURES:
+        sys.exit(f"usage: make figures ISSUE=n, n one of {', '.join(FIGURES)}; got {issue!r}")
+    for name, *arguments in FIGURES[issue]:
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()
