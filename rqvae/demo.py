@@ -113,8 +113,8 @@ def sample_and_score(run: Path, out: Path, per_action: int = 8, seed: int = 0) -
     """Draw `per_action` frames under each action, a row an action, and say how near they are to the train split.
 
     Returns:
-        The mean over the samples of the PSNR (dB) to the most similar train frame. It is low when a sample looks like no
-        frame of the game.
+        The mean over the samples of the PSNR (dB) to the most similar train frame: low when a sample is like no frame
+        of the game.
     """
     import torch
     from PIL import Image

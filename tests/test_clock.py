@@ -17,7 +17,8 @@ from rqvae.trainers.schedules import Constant, OneCycle, WarmupCosine
     ("text", "amount", "unit"),
     [
         (500, 500, "steps"), ("20k steps", 20_000, "steps"), ("5M images", 5_000_000, "images"),
-        ("0.5 epochs", Fraction(1, 2), "epochs"), ("10%", 10, "percent"), ("1 epoch", 1, "epochs"), ("1.5k", 1500, "steps"),
+        ("0.5 epochs", Fraction(1, 2), "epochs"), ("10%", 10, "percent"), ("1 epoch", 1, "epochs"),
+        ("1.5k", 1500, "steps"),
     ],
 )  # fmt: skip
 def test_durations_are_read(text: str | int, amount: Fraction, unit: str) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import pickle
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +28,7 @@ from rqvae.img_datasets.interfaces import (
     Split,
 )
 from rqvae.img_datasets.photos import FILES, SkimagePhotos
-from rqvae.img_datasets.transforms import TrainTransform, ValTransform
-from rqvae.randomness import Draw, normal, uniform
+from rqvae.img_datasets.transforms import ValTransform
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
@@ -52,6 +49,10 @@ def opened(split: Split, root: Path, **arguments: int) -> GameFrames:
     dataset = GameFrames(split, root=str(root), size=32, **arguments)
     dataset.open()
     return dataset
+
+
+def red(sample: LabeledImageData) -> int:
+    return int(sample.require_img()[0, 0, 0])
 
 
 def image_bytes(dataset: LabeledImageDataset) -> list[bytes]:
@@ -83,6 +84,37 @@ def test_no_frame_is_in_two_splits(recording: Path) -> None:
     assert sets["train"] == raw["train"]
     assert sets["val"] == raw["val"] - raw["train"]
     assert sets["test"] == raw["test"] - raw["train"] - raw["val"]
+
+
+def write_recording(root: Path, episodes: list[list[int]]) -> None:
+    """A recording by hand, of 32-pixel frames of one grey level each."""
+    levels = np.array([level for rows in episodes for level in rows], dtype=np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (len(levels), 32, 32, 3))
+    episode = np.repeat(np.arange(len(episodes), dtype=np.int32), [len(rows) for rows in episodes])
+    np.savez_compressed(
+        root / "shard-00000.npz", frames=frames, action=np.zeros(len(levels), np.int16), episode=episode
+    )
+    content = (root / "shard-00000.npz").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    shard = {"file": "shard-00000.npz", "bytes": len(content), "sha256": sha256, "frames": len(levels)}
+    meta = {
+        "schema": 1,
+        "size": 32,
+        "seed": 0,
+        "episodes": len(episodes),
+        "action_names": [*"abcde"],
+        "shards": [shard],
+    }
+    (root / "meta.json").write_text(json.dumps(meta))
+
+
+def test_frames_of_several_splits_stay_in_the_first(tmp_path: Path) -> None:
+    levels: dict[Split, list[int]] = {"train": [1, 2, 2, 3], "val": [3, 4, 5, 1], "test": [5, 6, 1, 6]}
+    write_recording(tmp_path, [levels[rank_split(0, 3)[k]] for k in range(3)])
+    shown = {split: [red(s) for s in map(opened(split, tmp_path).__getitem__, range(2))] for split in ("val", "test")}
+    assert len(opened("train", tmp_path)) == 4
+    assert shown == {"val": [4, 5], "test": [6, 6]}
+    assert [len(opened(split, tmp_path)) for split in ("val", "test")] == [2, 2]
 
 
 def test_splits_are_of_episodes_and_depend_on_the_seed() -> None:
@@ -223,10 +255,6 @@ def save_image(path: Path, colour: int, size: tuple[int, int] = (20, 10)) -> Non
     Image.new("RGB", size, (colour, 1, 2)).save(path)
 
 
-def red(sample: LabeledImageData) -> int:
-    return int(sample.require_img()[0, 0, 0])
-
-
 def test_image_folder_is_sorted_and_labelled(tmp_path: Path) -> None:
     for colour, name in ((3, "b/x.PNG"), (1, "a/2.bmp"), (2, "a/3.png")):
         save_image(tmp_path / "train" / name, colour)
@@ -317,77 +345,3 @@ def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
     dataset.open()
     with pytest.raises(BadInput, match="at least one readable image"):
         dataset[0]
-
-
-# the stream
-
-
-class Own(SkimagePhotos):
-    """A dataset with a collate function of its own."""
-
-    def collate_fn(self, samples: Sequence[LabeledImageData]) -> LabeledImageData:
-        batch = LabeledImageDatasetWrapper.default_collate_fn(samples)
-        return replace(batch, additional_attr={"own": len(samples)})
-
-
-def stream_of(dataset: LabeledImageDataset) -> LabeledImageDatasetWrapper:
-    dataset.open()
-    draws = {"noise": Draw((4, 8, 8), normal), "t": Draw((), uniform)}
-    return LabeledImageDatasetWrapper(dataset, TrainTransform(dataset.spec), draws, seed=3, shuffle=True)
-
-
-def load(stream: LabeledImageDatasetWrapper, workers: int, steps: int = 6, batch: int = 8) -> list[LabeledImageData]:
-    positions = [list(range(k * batch, (k + 1) * batch)) for k in range(steps)]
-    loader = DataLoader(stream, batch_sampler=positions, num_workers=workers, collate_fn=stream.collate_fn)
-    return list(loader)
-
-
-def test_default_collate_makes_a_batch(recording: Path) -> None:
-    stream = stream_of(GameFrames("train", root=str(recording), size=32, history=3))
-    (batch,) = load(stream, 0, steps=1)
-    assert batch.require_img().shape == (8, 3, 32, 32)
-    assert batch.require_img().dtype == torch.float32
-    assert 0 <= batch.require_img().min() < batch.require_img().max() <= 1
-    assert isinstance(batch.condition, ActionCondition)
-    assert (batch.condition.actions.shape, batch.condition.mask.shape) == ((8, 3), (8, 3))
-    assert batch.condition.num_actions == 5
-    assert batch.condition.null().actions.eq(5).all()
-    assert batch.draws is not None
-    assert (batch.draws["noise"].shape, batch.draws["t"].shape) == ((8, 4, 8, 8), (8,))
-    assert batch.sample_id is not None
-    assert batch.sample_id.tolist() == list(range(8))
-    assert len(batch) == 8
-
-
-def test_own_collate_is_used_when_present() -> None:
-    assert load(stream_of(Own("train", patches_per_photo=4)), 0, 1)[0].additional_attr == {"own": 8}
-    assert load(stream_of(SkimagePhotos("train", patches_per_photo=4)), 0, 1)[0].additional_attr is None
-
-
-def test_order_and_draws_do_not_depend_on_workers(recording: Path) -> None:
-    """48 samples of a stream over 28 photos: over the end of an epoch as well."""
-    for dataset in (SkimagePhotos("train", patches_per_photo=4), GameFrames("val", root=str(recording), size=32)):
-        stream = stream_of(dataset)
-        for one, two in zip(load(stream, 0), load(stream, 2), strict=True):
-            assert torch.equal(one.require_img(), two.require_img())
-            assert one.draws is not None
-            assert two.draws is not None
-            assert all(torch.equal(one.draws[k], two.draws[k]) for k in ("noise", "t"))
-            assert one.condition is not None
-            assert type(one.condition) is type(two.condition)
-
-
-def test_an_epoch_shows_each_sample_once() -> None:
-    stream = stream_of(SkimagePhotos("train", patches_per_photo=4))
-    n = len(stream)
-    first, second = ([stream.index(e * n + k) for k in range(n)] for e in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(n))
-    assert first != second
-
-
-def test_datasets_can_be_pickled(recording: Path) -> None:
-    """Loader workers that are spawned get a pickle."""
-    for dataset in (opened("test", recording, history=2), stream_of(SkimagePhotos("test")).dataset):
-        copy = pickle.loads(pickle.dumps(dataset))
-        assert len(copy) == len(dataset)
-        assert torch.equal(copy[1].require_img(), dataset[1].require_img())

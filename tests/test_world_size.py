@@ -17,7 +17,8 @@ STEPS = 6
 def command(name: str, save_dir: Path, accumulate: int, *more: object) -> list[object]:
     return [
         "train", f"configs/debug/{name}.yaml", "--save-dir", save_dir, "--project", "p", "--run-name", "r",
-        "--train.precision", "fp64", "--train.accumulate", accumulate, "--train.steps", STEPS, "--data.workers", 0, *more,
+        "--train.precision", "fp64", "--train.accumulate", accumulate, "--train.steps", STEPS, "--data.workers", 0,
+        *more,
     ]  # fmt: skip
 
 

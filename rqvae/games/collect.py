@@ -127,14 +127,17 @@ def collect(
         return ready
     for old in (out / META, *_own_files(out)):
         old.unlink(missing_ok=True)
+    return _write(out, game, parameters, _record(game, frames, seed, shard_frames, progress))
+
+
+def _write(out: Path, game: Game, parameters: dict[str, Any], recording: Iterator[_Episodes]) -> dict[str, Any]:
+    """The shards, and last meta.json, which makes the recording complete."""
     shards: list[dict[str, Any]] = []
-    last_done = False
-    for rows in _record(game, frames, seed, shard_frames, progress):
-        name = f"shard-{len(shards):05d}.npz"
-        shards.append(_write_shard(out / name, rows))
-        last_done = rows.done[-1]
+    for rows in recording:
+        shards.append(_write_shard(out / f"shard-{len(shards):05d}.npz", rows))
+        episodes, last_done = 1 + rows.episode[-1], rows.done[-1]
     meta = parameters | {
-        "episodes": 1 + rows.episode[-1],
+        "episodes": episodes,
         "last_episode_complete": last_done,
         "action_names": list(game.action_names),
         "licence": LICENCE,

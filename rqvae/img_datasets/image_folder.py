@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -133,8 +133,7 @@ class ImageFolder(LabeledImageDataset):
     def _sample(self, index: int) -> LabeledImageData:
         path = self._paths[index]
         condition = ClassCondition(self._labels[index].clone(), self.num_classes) if self.num_classes else None
-        # A sample's path is one text, which collating makes the list that the field is declared as.
-        return LabeledImageData(img=read_image(path), condition=condition, img_path=cast(Any, path))
+        return LabeledImageData(img=read_image(path), condition=condition, img_path=path)
 
 
 def _images_in(folder: Path) -> list[str]:

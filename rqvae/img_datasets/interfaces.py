@@ -160,7 +160,7 @@ class LabeledImageData(TensorFields):
         img: (B, 3, H, W) float in [0, 1]; a dataset may give uint8, which the feed turns into float. Stage1 models
             normalise inside.
         condition: `ClassCondition`, `ActionCondition`, `MaskCondition`, or None.
-        img_path: where each image comes from.
+        img_path: where the image, or each image of the batch, comes from.
         additional_attr: anything else.
         sample_id: (B,) int64, position in the stream of samples: what randomness is keyed by.
         encodings: cached latents; `TwoStage.prepare` then skips the encoder.
@@ -169,7 +169,7 @@ class LabeledImageData(TensorFields):
 
     img: Tensor | None = None
     condition: Condition | None = None
-    img_path: list[str] | None = None
+    img_path: str | list[str] | None = None
     additional_attr: dict[str, Any] | None = None
     sample_id: Tensor | None = None
     encodings: Stage1Encodings | None = None

@@ -27,7 +27,6 @@ FILES = {
     "coffee": "coffee.png",
     "hubble": "hubble_deep_field.jpg",
     "immunohistochemistry": "ihc.png",
-    "retina": "retina.jpg",
     "rocket": "rocket.jpg",
 }
 

@@ -159,9 +159,9 @@ class TrainingJob:
             state.load(choice.load, clock)
         elif parts.before_start:
             parts.before_start()
-        if self._lock is None:
+        if self._lock is None:  # a new folder is made only now: a wrong checkpoint leaves nothing behind
             counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.counted.items()}
-            self._take(choice, {"parameters": counts})  # a new folder is made only now: a wrong checkpoint leaves nothing behind
+            self._take(choice, {"parameters": counts})
         return self._fit(choice, parts, state, clock, stream)
 
     def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
