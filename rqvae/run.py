@@ -65,7 +65,7 @@ class LpipsSettings:
     Args:
         weight: of the loss in the autoencoder's total.
         net: vgg, the usual choice for a loss, or alex.
-        trunk_weights: file with the network's weights; null is where torchvision itself would cache it.
+        trunk_weights: file or URL (its name ends in -SHA256.pth) of the network's weights; null is torchvision's URL.
     """
 
     weight: float = 1.0

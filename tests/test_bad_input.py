@@ -57,11 +57,13 @@ def yaml(folder: Path, text: str) -> Path:
         ("ema: {decays: [1.5]}", r"ema\.decays.*1\.5"),
         ("train: [1", r"bad\.yaml:\d+: not YAML"),
         ("- 1", "expected a mapping"),
-        ("lpips: {weight: 1.0}", "vgg16-397923af.pth.*https.*lpips: null"),
+        ("lpips: {weight: 1.0}", r"vgg16-397923af\.pth: no such file, and http://127.*place it there.*lpips: null"),
     ],
 )
 def test_config_mistakes(text: str, expected: str, tmp_path: Path, cli, capfd, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no_weights"))
+    unreachable = {"vgg": "http://127.0.0.1:9/vgg16-397923af.pth"}
+    monkeypatch.setattr("rqvae.models.losses.lpips.TRUNK_URLS", unreachable)
     bad = yaml(tmp_path, text)
     line = refused(cli, capfd, tmp_path / "save", STAGE1, bad)
     assert re.search(expected, line), line
@@ -254,3 +256,19 @@ def test_scripts_train_and_reconstruct(tmp_path: Path) -> None:
     done = script("train_stage1woeval.sh", "proj", tmp_path, STAGE1, 1, "noeval", "--", "--train.steps", "2")
     assert done.returncode == 0
     assert "val/psnr" not in (only(tmp_path / "proj", "noeval_*") / "metrics.jsonl").read_text()
+
+
+def test_inference_ignores_the_other_sections(trained: Path, tmp_path: Path, cli) -> None:
+    """Only dataset and model sections are read by recon; two processes give the numbers of one."""
+    more = yaml(tmp_path, "train: {stepz: 5}\nsomething_else: 1")
+    scores = []
+    for name, world in (("one", 1), ("two", 2)):
+        line = ["recon", STAGE1, more, "--save-dir", tmp_path, "--run-name", name, "--ckpt", trained]
+        code, errors = finish(start(*line, "--world-size", world))
+        assert code == 0, errors
+        scores.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+    assert scores[0]["psnr"] == pytest.approx(scores[1]["psnr"], abs=1e-9)
+    assert scores[0]["ssim"] == pytest.approx(scores[1]["ssim"], abs=1e-12)
+    images = [[p.read_bytes() for p in sorted((tmp_path / n / "images").iterdir())] for n in ("one", "two")]
+    assert images[0] == images[1]
+    assert len(images[0]) == scores[0]["n"]

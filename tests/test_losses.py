@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
 
@@ -329,3 +332,37 @@ def test_lpips_accepts_a_file_whose_name_tells_its_sha256(tmp_path: Path, trunks
     path = tmp_path / f"alexnet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     path.write_bytes(content)
     LPIPSLoss(net="alex", trunk_weights=str(path)).load()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder, and the URL under which a server on this host gives its files."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_lpips_fetches_a_url_once_and_checks_its_sha256(
+    tmp_path: Path, trunks: dict[str, Path], served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    folder, url = served
+    content = trunks["alex"].read_bytes()
+    name = f"alexnet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(content)
+    loss = LPIPSLoss(net="alex", trunk_weights=f"{url}/{name}")
+    loss.fetch()
+    (folder / name).unlink()
+    loss.fetch()
+    assert loss.load().distance is not None
+    (folder / "alexnet-00000000.pth").write_bytes(content)
+    wrong = LPIPSLoss(net="alex", trunk_weights=f"{url}/alexnet-00000000.pth")
+    with pytest.raises(BadInput, match="alexnet-00000000.pth cannot be had .*invalid hash value"):
+        wrong.fetch()
+    assert not (tmp_path / "hub" / "checkpoints" / "alexnet-00000000.pth").exists()
+    with pytest.raises(BadInput, match="ends in -SHA256.pth"):
+        LPIPSLoss(net="alex", trunk_weights=f"{url}/alexnet.pth").fetch()

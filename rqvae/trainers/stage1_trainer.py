@@ -20,7 +20,7 @@ from rqvae.models.losses.lpips import LPIPSLoss
 from rqvae.run import GanSettings, Stage1Run
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid, reconstruction_scores
-from rqvae.trainers.parts import Parts, float_type, make_ema
+from rqvae.trainers.parts import Parts, float_type, make_ema, on_main
 from rqvae.trainers.updates import StepLosses, Update
 
 
@@ -107,7 +107,9 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         stage1.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lpips = None
     if run.lpips:
-        lpips = LPIPSLoss(net=run.lpips.net, trunk_weights=run.lpips.trunk_weights).load().to(backend.device, dtype)
+        lpips = LPIPSLoss(net=run.lpips.net, trunk_weights=run.lpips.trunk_weights)
+        on_main(backend, lpips.fetch)
+        lpips = lpips.load().to(backend.device, dtype)
     wrapped = backend.wrap(stage1)
     modules: dict[str, nn.Module] = {"stage1": stage1}
     starts, wrapped_discriminator = 0, None

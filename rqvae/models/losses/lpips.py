@@ -19,6 +19,7 @@ TRUNK_URLS = {
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
 }
+_HASHED = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 OFF = "or switch LPIPS off with lpips: null"
 
 
@@ -32,9 +33,10 @@ class LPIPSLoss(nn.Module):
 
     Args:
         net: "vgg", the usual choice for a loss, or "alex", the usual choice for a metric.
-        trunk_weights: state dict of torchvision's `vgg16` or `alexnet` (keys `features.*`; others are ignored). None is
-            the file where torchvision itself would cache it, in `torch.hub.get_dir()`/checkpoints. A name that ends
-            in -HEX.pth is checked against the file's sha256, which must begin with HEX.
+        trunk_weights: state dict of torchvision's `vgg16` or `alexnet` (keys `features.*`; others are ignored): a file,
+            or a URL whose name ends in -HEX.pth. None is torchvision's own URL. What comes from a URL is kept in
+            `torch.hub.get_dir()`/checkpoints. A name that ends in -HEX.pth is checked against the file's sha256, which
+            must begin with HEX.
     """
 
     def __init__(self, *, net: Literal["vgg", "alex"] = "vgg", trunk_weights: str | None = None) -> None:
@@ -42,8 +44,29 @@ class LPIPSLoss(nn.Module):
         self.net, self.trunk_weights = net, trunk_weights
         self.distance: nn.Module | None = None
 
+    def fetch(self) -> None:
+        """Download the weights where they are not on the disk yet; on one process of a host, before `load`.
+
+        Raises:
+            BadInput: the URL cannot be reached, or gives another file than its name says.
+        """
+        if self._path().is_file() or self._url() is None:
+            return
+        url, path = str(self._url()), self._path()
+        stated = _HASHED.search(path.name)
+        if stated is None:
+            raise BadInput(f"lpips.trunk_weights: {url}: expected a name that ends in -SHA256.pth")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=stated[1])
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            reason = str(error).partition("\n")[0]
+            raise BadInput(
+                f"lpips.trunk_weights: {path}: no such file, and {url} cannot be had ({reason}); place it there, {OFF}"
+            ) from error
+
     def load(self) -> Self:
-        """Read the weights, on the host; called once, before the module is moved to a device.
+        """Read the weights, on the host; called once, after `fetch`, before the module is moved to a device.
 
         Raises:
             BadInput: a missing or unreadable file, one whose sha256 is not that of its name, or other weights.
@@ -76,9 +99,15 @@ class LPIPSLoss(nn.Module):
         """Stays in eval mode: the package's linear layers have a dropout that a loss must not use."""
         return super().train(False)
 
+    def _url(self) -> str | None:
+        source = self.trunk_weights or TRUNK_URLS[self.net]
+        return source if source.startswith(("http://", "https://")) else None
+
     def _path(self) -> Path:
-        name = TRUNK_URLS[self.net].rsplit("/", 1)[1]
-        return Path(self.trunk_weights or f"{torch.hub.get_dir()}/checkpoints/{name}")
+        url = self._url()
+        if url is None:
+            return Path(str(self.trunk_weights))
+        return Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
 
 
 def _build(net: str) -> nn.Module:
@@ -98,7 +127,7 @@ def _build(net: str) -> nn.Module:
 def _read_trunk(net: str, path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BadInput(f"lpips.trunk_weights: {path}: no such file; download {TRUNK_URLS[net]} to it, {OFF}")
-    stated = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)
+    stated = _HASHED.search(path.name)
     if stated and not (digest := _sha256(path)).startswith(stated[1]):
         raise BadInput(
             f"lpips.trunk_weights: {path}: expected sha256 {stated[1]}..., got {digest[:16]}...; "
