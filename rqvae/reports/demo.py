@@ -108,7 +108,7 @@ def _add_pictures(page: Page, inputs: DemoInputs) -> None:
     page.picture(inputs.reconstructions, caption, zoom=2, rows=RECON_ROWS)
     page.heading("Samples by action")
     caption = "Frames that the diffusion model made from noise and the autoencoder decoded: one row an action."
-    page.picture(inputs.samples, caption, rows=inputs.actions)
+    page.picture(inputs.samples, caption, zoom=3, rows=inputs.actions)
 
 
 def _tiles(numbers: Mapping[str, float]) -> list[Tile]:
