@@ -321,3 +321,14 @@ def test_speed_is_printed(tmp_path: Path) -> None:
     collect("maze-chase", 3000, 32, tmp_path)
     end = time.perf_counter()
     print(f"steps/s {steps / (middle - start):.0f}, recorded frames/s {3000 / (end - middle):.0f}")
+
+
+def test_a_recording_may_end_where_an_episode_ends(tmp_path: Path) -> None:
+    """`last_episode_complete` is then true, a plain bool that JSON can hold."""
+    whole = collect("maze-chase", 400, 32, tmp_path / "whole")
+    with np.load(tmp_path / "whole" / whole["shards"][0]["file"]) as shard:
+        first_end = int(np.flatnonzero(shard["done"])[0]) + 1
+    assert not whole["last_episode_complete"] or first_end == 400
+    meta = collect("maze-chase", first_end, 32, tmp_path / "one")
+    assert meta["last_episode_complete"] is True
+    assert json.loads((tmp_path / "one" / "meta.json").read_text())["last_episode_complete"] is True

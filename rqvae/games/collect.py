@@ -182,7 +182,7 @@ def _play(game: Game, seed: int, k: int, limit: int, rows: _Episodes) -> None:
         frame, reward, terminated, truncated = game.step(action)
         rows.action.append(action)
         rows.reward.append(reward)
-        rows.done.append(terminated or truncated)
+        rows.done.append(bool(terminated or truncated))
         rows.episode.append(k)
         if rows.done[-1]:
             return

@@ -153,7 +153,7 @@ class MazeChase:
         reward = self._eat()
         caught = self._move_ghosts(before)
         self._steps += 1
-        terminated = caught or not any(self._dots)
+        terminated = bool(caught or not any(self._dots))
         truncated = not terminated and self._steps >= self.max_steps
         self._over = terminated or truncated
         return self.render(), reward, terminated, truncated
