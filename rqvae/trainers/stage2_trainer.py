@@ -51,6 +51,8 @@ def make_two_stage(run: Stage2Run) -> TwoStage:
     """The three parts of the config; shapes flow from the data to the generator. Weights from the run's seed."""
     spec = run.data.make("train")[0].spec
     connector = run.connector or base_connector()
+    if (scale := run.stage1.latent_statistics()) is not None:
+        connector.use_latent_scale(*scale)
     latent_shape = connector.latent_shape(run.stage1.latent_shape(spec.image_shape))
     torch.manual_seed(fold(run.train.seed, "weights", "stage2"))
     return TwoStage(run.stage1, connector, run.stage2(latent_shape, spec), spec.image_shape)
