@@ -1,8 +1,8 @@
 """MAE-DiT: train, evaluate and diagnose two-stage generative vision models on CPU, CUDA, TPU and HPU.
 
-    import rqvae
-    pipeline = rqvae.load("runs/demo/train/stage2_...")
-    images = pipeline.sample(16)
+import rqvae
+pipeline = rqvae.load("runs/demo/train/stage2_...")
+images = pipeline.sample(16)
 """
 
 from __future__ import annotations

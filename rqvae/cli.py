@@ -56,7 +56,7 @@ def _fail(message: str, code: int) -> int:
     """Say why, once: a rank of our launcher leaves the words to it."""
     line = " ".join(message.split())
     if folder := os.environ.get("RQVAE_ERROR_DIR"):
-        Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(line)
+        Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{code} {line}")
     else:
         sys.stderr.write(f"error: {line}\n")
     return code
@@ -119,7 +119,8 @@ def _world_size(options: argparse.Namespace) -> int:
 
 def train(arguments: Sequence[str]) -> int:
     """Train Stage1, or Stage2 where the config has a section `stage2`."""
-    parser = _Parser("rqvae train", description=train.__doc__)
+    every_key = "Every key of the config is an option too (--train.steps 20k); --print-config lists them."
+    parser = _Parser("rqvae train", description=train.__doc__, epilog=every_key)
     _job_options(parser)
     parser.add_argument("--project", default="rqvae", help="folder below SAVE_DIR and W&B project")
     parser.add_argument("--fresh", action="store_true", help="start a new run, do not go on with an earlier one")
@@ -149,7 +150,7 @@ def train(arguments: Sequence[str]) -> int:
     name = options.run_name or Path(_files(options)[0]).stem
     place = RunPlace(Path(options.save_dir), options.project, name)
     if not backends.in_job():
-        check(configuration.instantiate("meta"), world_size)
+        check(configuration.for_checks(), world_size)
         place.check_writable()
         if world_size > 1:
             return backends.launch(["train", *arguments], world_size, threads=options.threads)
@@ -178,9 +179,9 @@ def recon(arguments: Sequence[str]) -> int:
     configuration = read(_files(options), overrides, inference=True)
     world_size, backend_name = _world_size(options), backends.choose(options.backend)
     name = options.run_name or Path(_files(options)[0]).stem
-    request = ReconRequest(Path(options.save_dir) / name, options.ckpt, options.resume_ckpt)
+    request = ReconRequest(Path(options.save_dir) / name, options.ckpt, options.resume_ckpt, options.resume_wandb_id)
     if not backends.in_job():
-        check_request(configuration.instantiate("meta"), request)
+        check_request(configuration.for_checks(), request)
         if world_size > 1:
             return backends.launch(["recon", *arguments], world_size, threads=options.threads)
     backend = backends.create(backend_name, threads=options.threads)

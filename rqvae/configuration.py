@@ -32,12 +32,14 @@ class Configuration:
         parsed: jsonargparse's namespace.
         resolved: every key with its value, as written to config.yaml.
         texts: the files' own content, to name the one that sets a key.
+        overrides: the command line's part.
     """
 
     schema: type[Stage1Run] | type[Stage2Run]
     parsed: Namespace
     resolved: dict[str, Any]
     texts: dict[str, dict[str, Any]]
+    overrides: tuple[str, ...] = ()
 
     @property
     def stage(self) -> int:
@@ -57,10 +59,29 @@ class Configuration:
                 return self.schema(**vars(parser.instantiate(self.parsed)))
         except (ValueError, TypeError, ArgumentError) as error:
             message = _one_line(str(error))
-            raise BadInput(f"{self._source(message.partition(':')[0])}: {message}") from error
+            key, colon, rest = message.partition(":")
+            key = self._whole_key(key, rest) if colon else key
+            raise BadInput(f"{self._source(key)}: {key}{colon}{rest}") from error
+
+    def for_checks(self) -> AnyRun:
+        """The objects on `meta`, without memory; of foreign classes that need numbers to be made, on the host."""
+        try:
+            return self.instantiate("meta")
+        except (RuntimeError, NotImplementedError):
+            return self.instantiate()
+
+    def _whole_key(self, name: str, message: str) -> str:
+        """`updates.autoencoder.lr` for `lr`, where one key of the config ends so and has the value that is told."""
+        keys = _values(self.resolved)
+        found = [key for key, value in keys.items() if key.endswith(f".{name}") and str(value) in message]
+        return found[0] if len(found) == 1 and name not in keys else name
 
     def _source(self, key: str) -> str:
-        """The last file that sets `key`, or all files."""
+        """The command line, or the last file that sets `key`, or all files."""
+        if any(word.partition("=")[0] == f"--{key.replace('.init_args', '')}" for word in self.overrides):
+            return "command line"
+        if any(word.partition("=")[0] == f"--{key}" for word in self.overrides):
+            return "command line"
         for file, text in reversed(self.texts.items()):
             node: Any = text
             for part in key.split("."):
@@ -92,7 +113,7 @@ def read(files: Sequence[str | Path], overrides: Sequence[str] = (), *, inferenc
     except ArgumentError as error:
         raise BadInput(_explain(schema, texts, str(error))) from error
     resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_unset=False))
-    return Configuration(schema, parsed, resolved, texts)
+    return Configuration(schema, parsed, resolved, texts, tuple(overrides))
 
 
 def _load(file: str) -> dict[str, Any]:
@@ -109,6 +130,14 @@ def _load(file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInput(f"{file}: expected a mapping of sections (data, stage1, ...), got {type(content).__name__}")
     return content
+
+
+def _values(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key with its sections, `a.b.c`, and its value."""
+    rows: dict[str, Any] = {}
+    for key, value in config.items():
+        rows |= _values(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return rows
 
 
 def _parser(schema: type) -> ArgumentParser:
@@ -146,7 +175,8 @@ def _one_line(message: str) -> str:
     union = re.search(r"Does not validate against any of the Union subtypes.*? Errors: - \S+: (.*?) - Expected", text)
     if union:
         text = text[: union.start()] + union[1]
-    text = re.sub(r"Type \S.*? expects a function or a callable class: (.*?)\.? Got value: .*", r"\1", text)
+    text = re.sub(r"Type \S.*? expects a function or a callable class: ", "", text)
+    text = re.sub(r"\.? Got value: Namespace.*", "", text)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"typing\.Literal|<class '(\w+)'>", lambda m: m[1] or "one of ", text)
     return text.replace("Expected a ", "expected ").strip()[:600]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rqvae.errors import RunFailed
+from rqvae.processes import die_with_parent
 from rqvae.reports.demo import write_demo_report
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "maze_chase"
@@ -61,12 +63,23 @@ class Demo:
         self._part("recon", [*recon, "--data.dataset.init_args.root", str(frames)])
         config = [str(CONFIGS / "dit_frame.yaml"), "--stage1_checkpoint", str(stage1), *data]
         self._part("stage2", [*train, "--stage", "2", "--run-name", "stage2", *config])
-        started, cpu = time.monotonic(), time.process_time()
-        nearest = sample_and_score(self.newest("stage2"), self.root / "samples.png")
-        self._add("sample", time.monotonic() - started, time.process_time() - cpu)
-        summary = self._summary({"nearest_train_psnr": nearest})
+        summary = self._summary({"nearest_train_psnr": self._sample()})
         write_demo_report(self.root)
         return summary
+
+    def _sample(self) -> float:
+        """Samples of the newest generator, and their score; an earlier call's where the generator is the same."""
+        run, note = self.newest("stage2"), self.root / "samples.json"
+        held = json.loads(note.read_text()) if note.exists() else {}
+        if held.get("run") != str(run):
+            import torch
+
+            torch.set_num_threads(self.threads or torch.get_num_threads())
+            started, cpu = time.monotonic(), time.process_time()
+            held = {"run": str(run), "nearest_train_psnr": sample_and_score(run, self.root / "samples.png")}
+            note.write_text(json.dumps(held))
+            self._add("sample", time.monotonic() - started, time.process_time() - cpu)
+        return held["nearest_train_psnr"]
 
     def newest(self, name: str) -> Path:
         """The newest run of one stage."""
@@ -76,7 +89,9 @@ class Demo:
         """One command, as a process of its own, timed."""
         before, started = _children_cpu(), time.monotonic()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run([sys.executable, "-m", "rqvae", *arguments], env=environment, check=False)  # noqa: S603
+        command = [sys.executable, "-m", "rqvae", *arguments]
+        # a part that is left alone saves and stops
+        done = subprocess.run(command, env=environment, check=False, preexec_fn=_leave_with_demo)
         if done.returncode:
             raise RunFailed(f"demo: `python -m rqvae {' '.join(arguments)}` ended with exit code {done.returncode}")
         self._add(name, time.monotonic() - started, _children_cpu() - before)
@@ -102,6 +117,10 @@ class Demo:
         }
         (self.root / "summary.json").write_text(json.dumps(summary, indent=1))
         return summary
+
+
+def _leave_with_demo() -> None:
+    die_with_parent(signal.SIGTERM)
 
 
 def _children_cpu() -> float:

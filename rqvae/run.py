@@ -84,7 +84,7 @@ class GanSettings:
         weighting: adaptive factor. last_layer: ratio of the gradients' norms at the last layer (Esser et al. 2021,
             eq. 7);
             reconstruction: the same ratio at the reconstructed image, needs no parameter; fixed: none.
-        disc_start: when the discriminator begins to learn and to be learnt from.
+        disc_start: the first step (counted from 1) in which the discriminator learns and is learnt from.
         reuse_forward: score the reconstructions of the autoencoder's own step, instead of a second forward.
     """
 

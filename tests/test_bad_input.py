@@ -55,6 +55,17 @@ def yaml(folder: Path, text: str) -> Path:
         ("data: {dataset: {class_path: rqvae.img_datasets.photos.SkimagePhoto}}", "did you mean.*SkimagePhotos"),
         ("gan: {disc_start: later, discriminator: {class_path: rqvae.models.losses.patchgan.PatchGAN}}", "later"),
         ("ema: {decays: [1.5]}", r"ema\.decays.*1\.5"),
+        ("updates: {autoencoder: {lr: -1}}", r"bad\.yaml: updates\.autoencoder\.lr.*-1"),
+        ("updates: {autoencoder: {betas: [1.5, 2]}}", "betas"),
+        (
+            "updates: {autoencoder: {schedule: {class_path: rqvae.trainers.schedules.Constant, "
+            "init_args: {warmup: soon}}}}",
+            "warmup.*soon",
+        ),
+        (
+            "gan: {discriminator: {class_path: rqvae.models.losses.patchgan.PatchGAN, init_args: {layers: 5}}}",
+            "PatchGAN: expected images of at least 96 px",
+        ),
         ("train: [1", r"bad\.yaml:\d+: not YAML"),
         ("- 1", "expected a mapping"),
         ("lpips: {weight: 1.0}", r"vgg16-397923af\.pth: no such file, and http://127.*place it there.*lpips: null"),
@@ -72,6 +83,7 @@ def test_config_mistakes(text: str, expected: str, tmp_path: Path, cli, capfd, m
 def test_the_file_is_named(tmp_path: Path, cli, capfd) -> None:
     assert "bad.yaml" in refused(cli, capfd, tmp_path / "s", STAGE1, yaml(tmp_path, "train: {stepz: 5}"))
     assert "command line" in refused(cli, capfd, tmp_path / "s", STAGE1, "--train.stepz", 5)
+    assert "command line" in refused(cli, capfd, tmp_path / "s", STAGE1, "--ema.decays", "[2]")
     assert "nowhere.yaml: no such config file" in refused(cli, capfd, tmp_path / "s", "nowhere.yaml")
 
 
@@ -97,6 +109,13 @@ def test_missing_and_empty_dataset_folders(tmp_path: Path, cli, capfd) -> None:
     assert str(root / "train") in refused(cli, capfd, tmp_path / "s", STAGE1, folder_config(tmp_path, root))
     (root / "train").mkdir(parents=True)
     assert str(root / "train") in refused(cli, capfd, tmp_path / "s", STAGE1, folder_config(tmp_path, root))
+    (root / "train").rmdir()
+    write_photos(root)
+    shutil.rmtree(root / "val")
+    assert str(root / "val") in refused(cli, capfd, tmp_path / "s", STAGE1, folder_config(tmp_path, root))
+    config = ["--save-dir", tmp_path / "s", "--run-name", "r", STAGE1, folder_config(tmp_path, root)]
+    assert cli("recon", *config, "--stage1", "{class_path: rqvae.models.stage1.pixel.PixelStage1}") == 2
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -110,7 +129,8 @@ def test_corrupt_image_is_named(workers: int, tmp_path: Path, cli, capfd) -> Non
     errors = capfd.readouterr().err
     said = [row for row in errors.splitlines() if row.startswith("error: ")]
     assert len(said) == 1
-    assert "007.png" in said[0]
+    assert said[0].startswith(f"error: {root / 'train' / '007.png'}: ")
+    assert "Traceback" not in errors
     skip = folder_config(tmp_path, root, on_bad_image="skip")
     assert cli("train", STAGE1, skip, *line[3:], "--fresh", "--train.steps", 3, "--data.workers", workers) == 0
 
@@ -122,6 +142,8 @@ def test_world_size_and_save_dir(tmp_path: Path, cli, capfd) -> None:
     assert cli("train", STAGE1, "--save-dir", blocked / "inside", "--project", "p", "--run-name", "r") == 2
     assert str(blocked) in capfd.readouterr().err
     assert "data.batch_size" in refused(cli, capfd, tmp_path / "s", STAGE1, "--world-size", 3)
+    assert "got a URL" in refused(cli, capfd, tmp_path / "s", STAGE1, "--save-dir", "gs://bucket/x")
+    assert "online_eval" in refused(cli, capfd, tmp_path / "s", STAGE2, "--online_eval.every", 2)
 
 
 def test_unknown_backend_is_no_fallback(tmp_path: Path, cli, capfd, monkeypatch) -> None:
@@ -213,7 +235,8 @@ def test_disk_that_fills_in_mid_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", ["train_stage1.sh", "train_stage1woeval.sh", "train_stage2.sh", "recon_stage1.sh"])
 def test_scripts_print_their_usage(script: str) -> None:
-    for arguments in ([], ["one"], ["a"] * 8):
+    right = ["p", "s", "configs/debug/stage1.yaml", "1", "r"]
+    for arguments in ([], ["one"], ["a"] * 8, [*right[:3], "one", "r"], [*right, "--train.steps", "5"]):
         done = subprocess.run([f"./{script}", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith(f"usage: ./{script} ")

@@ -1,8 +1,7 @@
-"""Paths, laws of times, solvers and guidance against closed forms, scipy and diffusers."""
+"""Laws of times, guidance and the sampler against closed forms, scipy and diffusers."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -14,15 +13,17 @@ from scipy import stats
 from torch import Tensor
 
 from rqvae.diffusion import (
+    VP,
+    Autoguidance,
     ClassifierFree,
-    LinearFlow,
+    Denoiser,
+    Interval,
+    KeyedNoise,
     LogitNormal,
-    Path,
     Sampler,
     Shifted,
     TimestepLaw,
     Uniform,
-    euler,
     heun,
     sampling_times,
 )
@@ -32,64 +33,6 @@ from rqvae.randomness import generator
 
 F64 = torch.float64
 PREDICTIONS = ("velocity", "x0", "eps")
-
-
-class Cosine(Path):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): a path with unlike derivatives, to try the table on."""
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(t * math.pi / 2)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(t * math.pi / 2)
-
-    def d_alpha(self, t: Tensor) -> Tensor:
-        return -math.pi / 2 * self.sigma(t)
-
-    def d_sigma(self, t: Tensor) -> Tensor:
-        return math.pi / 2 * self.alpha(t)
-
-
-def triple(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    rng = generator(seed)
-    noise, x0 = torch.randn(2, 6, 3, 4, 5, dtype=F64, generator=rng)
-    return noise, x0, torch.linspace(0.05, 0.95, 6, dtype=F64)
-
-
-def test_linear_flow_is_the_straight_line() -> None:
-    noise, x0, t_b = triple()
-    for i in range(len(t_b)):
-        expected = x0[i] + t_b[i] * (noise[i] - x0[i])
-        torch.testing.assert_close(LinearFlow().interpolate(noise, x0, t_b)[i], expected, rtol=0, atol=1e-14)
-    assert torch.equal(LinearFlow().target("velocity", noise, x0, t_b), noise - x0)
-    assert torch.equal(LinearFlow().interpolate(noise, x0, torch.zeros(6, dtype=F64)), x0)
-    assert torch.equal(LinearFlow().interpolate(noise, x0, torch.ones(6, dtype=F64)), noise)
-
-
-@pytest.mark.parametrize("path", [LinearFlow(), Cosine()], ids=lambda p: type(p).__name__)
-def test_velocity_is_the_derivative_of_the_path(path: Path) -> None:
-    noise, x0, t_b = triple()
-    _, derivative = torch.func.jvp(lambda t: path.interpolate(noise, x0, t), (t_b,), (torch.ones_like(t_b),))
-    torch.testing.assert_close(path.target("velocity", noise, x0, t_b), derivative, rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("path", [LinearFlow(), Cosine()], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize(("source", "target"), list(itertools.product(PREDICTIONS, PREDICTIONS)))
-def test_every_conversion_gives_the_true_quantity(path: Path, source: Any, target: Any) -> None:
-    noise, x0, t_b = triple()
-    x_t = path.interpolate(noise, x0, t_b)
-    true = {"x0": x0, "eps": noise, "velocity": path.target("velocity", noise, x0, t_b)}
-    got = path.convert(true[source], x_t, t_b, source, target)
-    torch.testing.assert_close(got, true[target], rtol=1e-11, atol=1e-11)
-
-
-def test_determinant_is_zero_where_a_prediction_says_nothing() -> None:
-    ends = torch.tensor([0.0, 1.0], dtype=F64)
-    assert (LinearFlow().determinant("eps", ends) == 0).tolist() == [False, True]
-    assert (LinearFlow().determinant("x0", ends) == 0).tolist() == [True, False]
-    assert (LinearFlow().determinant("velocity", ends) == 0).tolist() == [False, False]
-    with pytest.raises(BadInput, match=r"prediction: expected one of .*x0.*, got noise"):
-        LinearFlow().target("noise", ends, ends, ends)
 
 
 LAWS = [
@@ -128,80 +71,6 @@ def test_sampling_times_are_those_of_diffusers(shift: float) -> None:
     torch.testing.assert_close(times.float(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
 
 
-def gaussian_velocity(mean: float, std: float) -> Any:
-    """E[noise - x0 | x_t] for x0 ~ N(mean, std^2) on the linear path; the exact end from x is mean + std x."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        variance = (1 - t) ** 2 * std**2 + t**2
-        return -mean + (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean)
-
-    return velocity
-
-
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-@pytest.mark.parametrize("shift", [1.0, 2.0])
-def test_solver_converges_in_its_order(solver: Any, order: int, shift: float) -> None:
-    mean, std = 0.7, 0.4
-    x = torch.linspace(-2, 2, 9, dtype=F64)[:, None]
-    errors = [
-        (solver(gaussian_velocity(mean, std), x, sampling_times(steps, shift))[0] - (mean + std * x)).abs().max()
-        for steps in (64, 128, 256)
-    ]
-    for coarse, fine in itertools.pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
-
-
-@pytest.mark.parametrize(("solver", "expected"), [(euler, 5), (heun, 9)])
-def test_nfe_is_the_number_of_calls_and_time_zero_is_never_asked(solver: Any, expected: int) -> None:
-    asked = []
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(float(t))
-        assert t.shape == ()
-        assert t.dtype == F64
-        assert t.device.type == "cpu"
-        return torch.zeros_like(x)
-
-    _, nfe = solver(denoise, torch.zeros(2, 1), sampling_times(5))
-    assert nfe == len(asked) == expected
-    assert asked[0] == 1
-    assert min(asked) > 0
-
-
-def test_euler_is_the_step_of_diffusers() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
-    x = torch.randn(4, 3, generator=generator(1))
-    theirs = x
-    for i, t in enumerate(scheduler.timesteps):
-        theirs = scheduler.step(torch.sin(3 * theirs) + scheduler.sigmas[i], t, theirs).prev_sample
-    ours, _ = euler(lambda x, t: torch.sin(3 * x) + t.float(), x, sampling_times(6, 2.0))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_exact_velocity_of_a_mixture_gives_its_moments() -> None:
-    """Two Gaussians in the plane: sampling with E[noise - x0 | x_t] must return their weights, means and covariance."""
-    weights = torch.tensor([0.3, 0.7], dtype=F64)
-    means = torch.tensor([[-2.0, 1.0], [1.5, -0.5]], dtype=F64)
-    stds = torch.tensor([0.3, 0.6], dtype=F64)
-
-    def velocity(x: Tensor, t: Tensor, _: Any) -> Tensor:
-        variance_k = (1 - t) ** 2 * stds**2 + t**2
-        away_bkd = x[:, None] - (1 - t) * means
-        log_weight_bk = weights.log() - variance_k.log() - away_bkd.square().sum(2) / (2 * variance_k)
-        v_bkd = -means + ((t - (1 - t) * stds**2) / variance_k)[:, None] * away_bkd
-        return (log_weight_bk.softmax(1)[..., None] * v_bkd).sum(1)
-
-    # A scrambled Sobol set in place of random noise: 4,096 points have moments to about 1e-3.
-    noise = torch.distributions.Normal(0, 1).icdf(torch.quasirandom.SobolEngine(2, True, seed=0).draw(4096, dtype=F64))
-    x, _ = Sampler(heun, steps=200)(velocity, noise)
-    mean = weights @ means
-    covariance = torch.einsum("k,ki,kj->ij", weights, means - mean, means - mean) + (weights @ stds**2) * torch.eye(2)
-    torch.testing.assert_close(x.mean(0), mean, rtol=0, atol=0.02)
-    torch.testing.assert_close(x.T.cov(), covariance, rtol=0, atol=0.04)
-    assert (x[:, 0] < -0.8).double().mean().item() == pytest.approx(0.3, abs=0.01)
-
-
 def labelled_velocity(x: Tensor, t: Tensor, condition: ClassCondition) -> Tensor:
     """A velocity whose every channel depends on the label."""
     channels = torch.arange(1, 1 + x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
@@ -234,6 +103,87 @@ def test_guidance_is_one_forward_and_scale_one_skips_the_null_half(scale: float,
     assert seen == rows
 
 
+def test_interval_guides_inside_only_and_evaluates_no_null_rows_outside() -> None:
+    """Rows through the network: 2 B in the steps whose time is in (0.35, 0.85], B in all others."""
+    rows: dict[float, int] = {}
+
+    def predict(x: Tensor, t: Tensor, condition: ClassCondition) -> Tensor:
+        assert len(x) == len(condition)
+        rows[round(float(t), 6)] = len(x)
+        return labelled_velocity(x, t, condition)
+
+    x = torch.randn(3, 5, 2, 2, dtype=F64, generator=generator(0))
+    condition = ClassCondition(torch.tensor([0, 4, 2]), 10)
+    guidance = Interval(3.0, start=0.35, end=0.85)
+    _, nfe = Sampler(steps=10, guidance=guidance)(predict, x, condition)
+    assert nfe == 10
+    assert rows == {round(i / 10, 6): 6 if 3 < i <= 8 else 3 for i in range(1, 11)}
+    for t in (0.36, 0.85):
+        time = torch.tensor(t, dtype=F64)
+        expected = ClassifierFree(3.0)(labelled_velocity, x, time, condition)
+        assert torch.equal(guidance(labelled_velocity, x, time, condition), expected)
+    outside = torch.tensor(0.35, dtype=F64)
+    assert torch.equal(guidance(labelled_velocity, x, outside, condition), labelled_velocity(x, outside, condition))
+    assert guidance.needs_null
+    assert not Interval(1.0).needs_null
+
+
+def test_autoguidance_extrapolates_from_the_guide_with_b_rows_in_each() -> None:
+    rows = {"model": 0, "guide": 0}
+
+    def model(x: Tensor, t: Tensor, condition: ClassCondition) -> Tensor:
+        rows["model"] += len(x)
+        return labelled_velocity(x, t, condition)
+
+    def guide(x: Tensor, t: Tensor, condition: ClassCondition) -> Tensor:
+        rows["guide"] += len(x)
+        return 0.5 * labelled_velocity(x, t, condition)
+
+    x, t = torch.randn(3, 5, 2, 2, dtype=F64, generator=generator(0)), torch.tensor(0.5, dtype=F64)
+    condition = ClassCondition(torch.tensor([0, 4, 2]), 10)
+    answer = labelled_velocity(x, t, condition)
+    torch.testing.assert_close(Autoguidance(guide, 2.5)(model, x, t, condition), (0.5 + 2.5 * 0.5) * answer)
+    assert rows == {"model": 3, "guide": 3}
+    assert torch.equal(Autoguidance(guide, 1.0)(model, x, t, condition), answer)
+    assert rows == {"model": 6, "guide": 3}
+    assert not Autoguidance(guide).needs_null
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps", "v"])
+def test_guiding_any_prediction_is_guiding_the_velocity(prediction: Any) -> None:
+    path, condition = VP("cosine"), ClassCondition(torch.tensor([0, 4, 2]), 10)
+    x = torch.randn(3, 5, 2, 2, dtype=F64, generator=generator(0))
+
+    def as_prediction(x: Tensor, t: Tensor, condition: ClassCondition) -> Tensor:
+        return Denoiser(lambda x, t: labelled_velocity(x, t, condition), path).at(x, t, prediction)[0]
+
+    sampler = Sampler(heun, steps=4, start=0.99, guidance=ClassifierFree(3.0))
+    velocity, _ = sampler(labelled_velocity, x, condition, path=path)
+    other, _ = sampler(as_prediction, x, condition, path=path, prediction=prediction)
+    torch.testing.assert_close(other, velocity, rtol=1e-9, atol=1e-9)
+
+
+def test_step_noise_is_normal_and_belongs_to_the_sample() -> None:
+    initial = torch.randn(64, 4, 8, 8, generator=generator(0))
+    noise = KeyedNoise(initial)
+    steps = torch.stack([noise(i) for i in range(4)])
+    for rows in (slice(0, 1), slice(5, 9), slice(3, 64, 7)):
+        assert torch.equal(KeyedNoise(initial[rows])(2), steps[2, rows])
+    assert torch.equal(KeyedNoise(initial.double())(1), steps[1].double())
+    assert stats.kstest(steps.flatten().numpy(), "norm").pvalue > 0.01
+    flat = torch.cat((initial[None], steps)).flatten(2).transpose(0, 1).reshape(64 * 5, -1)
+    correlations = torch.corrcoef(flat).fill_diagonal_(0).abs().amax()
+    assert correlations < 6 / math.sqrt(flat.shape[1])
+
+
+def test_times_begin_at_start_and_have_no_empty_step() -> None:
+    for start, shift, steps in ((0.5, 1.0, 10), (0.999, 3.0, 1000), (0.2, 0.3, 7)):
+        times = Sampler(steps=steps, shift=shift, start=start).times()
+        assert len(times) == steps + 1
+        assert (times[0], times[-1]) == (start, 0)
+        assert (times.diff() < 0).all()
+
+
 def test_guidance_without_a_condition_is_refused() -> None:
     with pytest.raises(BadInput, match="condition: expected one for guidance of scale 2, got None"):
         ClassifierFree(2.0)(labelled_velocity, torch.zeros(1, 1, 1, 1), torch.tensor(0.5), None)
@@ -245,6 +195,7 @@ def test_guidance_without_a_condition_is_refused() -> None:
         (lambda: Sampler(steps=0), "sampler.steps: expected a whole number >= 1, got 0"),
         (lambda: Sampler(shift=0.0), "sampler.shift: expected a number > 0, got 0"),
         (lambda: Sampler(start=0.0), r"sampler.start: expected a number in \(0, 1\], got 0"),
+        (lambda: Interval(2.0, 0.6, 0.6), "guidance: expected 0 <= start < end <= 1, got start 0.6, end 0.6"),
         (lambda: LogitNormal(std=0.0), "timesteps.std: expected a number > 0, got 0"),
         (lambda: Shifted(-1.0), "timesteps.shift: expected a number > 0, got -1"),
     ],

@@ -141,15 +141,16 @@ def test_evaluated_weights_are_the_averages(tmp_path: Path, cli) -> None:
     assert abs(score() - average) > 1e-3
 
 
-def test_observers_leave_no_trace(tmp_path: Path, cli) -> None:
+def test_observers_leave_no_trace(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stage1_gan", "stage2"):
         line = ["train", f"configs/debug/{name}.yaml", "--project", name, "--run-name", "r", "--train.steps", 6]
         everything = ["--logging.tensorboard", "true", "--logging.wandb", "offline", "--logging.progress", "true"]
         often = ["--pictures.every", "2 steps", "--train.log_every", 1]
         often += ["--online_eval.every", "2 steps"] if name == "stage1_gan" else []
-        nothing = ["--pictures.every", "null", "--online_eval.every", "null", "--train.log_every", 1]
         assert cli(*line, "--save-dir", tmp_path / "all", *everything, *often) == 0
-        assert cli(*line, "--save-dir", tmp_path / "none", *nothing) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr("rqvae.trainers.assembly._observers", lambda *_: [])
+            assert cli(*line, "--save-dir", tmp_path / "none", "--train.log_every", 1) == 0
         a, b = (tensors(only(tmp_path / which / name), 6) for which in ("all", "none"))
         assert_same(a, b)
     watched = only(tmp_path / "all" / "stage1_gan")
@@ -166,6 +167,25 @@ def test_not_finite_stops_the_run_by_name(tmp_path: Path, cli, capfd) -> None:
     assert "step " in message
     assert "train/loss_total" in message
     assert "checkpoint" in message
+    assert "(samples 8 to 15 of the stream)" in message
+
+
+def test_weights_that_are_not_finite_are_not_published(tmp_path: Path, cli, capfd) -> None:
+    """Also where no row is due between the fault and the checkpoint."""
+    line = ["train", "configs/debug/stage1.yaml", "--save-dir", tmp_path, "--project", "p", "--run-name", "r"]
+    often = [
+        "--train.log_every",
+        20,
+        "--checkpoint.every",
+        5,
+        "--pictures.every",
+        "null",
+        "--online_eval.every",
+        "null",
+    ]
+    assert cli(*line, *often, "--updates.autoencoder.lr", "1e30", "--updates.autoencoder.clip", "null") == 3
+    assert "is not finite" in capfd.readouterr().err
+    assert not list(only(tmp_path / "p").glob("checkpoints/*/COMPLETE"))
 
 
 def test_meter_means_are_over_all_micro_batches() -> None:
@@ -174,6 +194,9 @@ def test_meter_means_are_over_all_micro_batches() -> None:
         meter.add({"x": torch.tensor(value)})
     assert meter.means()["train/x"].item() == pytest.approx(3.0)
     assert meter.means() == {}
+    for _ in range(500):
+        meter.add({"x": torch.ones((), dtype=torch.bfloat16)})
+    assert meter.means()["train/x"].item() == 1.0
 
 
 def test_unfinished_row_survives_a_resume(tmp_path: Path, cli) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -57,18 +58,76 @@ def test_finished_run_is_left_alone_and_fresh_starts_anew(tmp_path: Path, cli, c
     assert len(list((tmp_path / "p").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_checkpoints_first(number: int, code: int, tmp_path: Path, cli) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "world", "group"),
+    [
+        (signal.SIGTERM, 143, 1, False),
+        (signal.SIGINT, 130, 1, True),
+        (signal.SIGTERM, 143, 2, False),
+    ],
+)
+def test_signal_checkpoints_first(number: int, code: int, world: int, group: bool, tmp_path: Path, cli) -> None:
+    """With loader workers, which get the signal too where it goes to the whole group."""
     line = command("configs/debug/stage2.yaml", tmp_path, "--observers", SLOW, "--checkpoint.every", 1000)
-    process = start(*line)
+    line += ["--data.workers", 2, "--train.stop_check_seconds", 0.2]
+    process = start(*line, "--world-size", world, start_new_session=True)
     run = wait_for_step(tmp_path, 3)
-    process.send_signal(number)
-    returned, _ = finish(process, 20)
-    assert returned == code
+    (os.killpg if group else os.kill)(process.pid, number)
+    returned, errors = finish(process, 25)
+    assert returned == code, errors
     step = len(rows(run))
+    assert step < 20
     assert tensors(run, step)
     assert cli(*line) == 0
     assert [row["step"] for row in rows(run)] == list(range(1, 21))
+
+
+def test_resume_keeps_channels_last(tmp_path: Path, cli) -> None:
+    """Moments are put beside the weights in the weights' memory format."""
+    line = ["configs/debug/stage1_gan.yaml", "--train.channels_last", "true", "--data.workers", 0]
+    assert cli("train", *line, "--save-dir", tmp_path / "whole", "--project", "p", "--run-name", "r") == 0
+    whole = only(tmp_path / "whole" / "p")
+    half = whole / "checkpoints" / "step_00000015"
+    more = ["--save-dir", tmp_path / "half", "--project", "p", "--run-name", "r", "--resume-ckpt", half]
+    assert cli("train", *line, *more) == 0
+    assert_same(tensors(whole, 20), tensors(only(tmp_path / "half" / "p"), 20))
+
+
+def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, cli, capfd) -> None:
+    line = command("configs/debug/stage2.yaml", tmp_path / "cut")
+    assert cli(*line) == 0
+    run = only(tmp_path / "cut" / "p")
+    (run / "FINISHED").unlink()
+    file = run / "checkpoints" / "step_00000020" / "model" / "stage2.safetensors"
+    before = tensors(run, 20)
+    data = bytearray(file.read_bytes())
+    data[-50:] = bytes(50)
+    file.write_bytes(data)
+    assert cli(*line) == 0
+    said = capfd.readouterr().err
+    assert "stage2.safetensors: expected sha256" in said
+    assert "from step_00000015" in said
+    assert_same(tensors(run, 20), before)
+
+
+def test_nothing_left_to_do_is_said(tmp_path: Path, cli, capfd) -> None:
+    line = command("configs/debug/stage1.yaml", tmp_path, "--train.steps", 2)
+    assert cli(*line) == 0
+    assert cli(*line, "--run-name", "other", "--resume-ckpt", only(tmp_path / "p")) == 2
+    assert "expected train.steps to be more" in capfd.readouterr().err
+    assert len(list((tmp_path / "p").iterdir())) == 1
+
+
+def test_other_data_is_another_run(tmp_path: Path, cli) -> None:
+    from tests.test_bad_input import folder_config, write_photos
+
+    for name, count in (("a", 16), ("b", 24)):
+        write_photos(tmp_path / name, count)
+        config = folder_config(tmp_path, tmp_path / name)
+        line = ["train", "configs/debug/stage1.yaml", config, "--save-dir", tmp_path / "s", "--project", "p"]
+        assert cli(*line, "--run-name", "r", "--train.steps", 2) == 0
+        time.sleep(1.1)
+    assert len(list((tmp_path / "s" / "p").iterdir())) == 2
 
 
 def test_resume_ckpt_starts_a_new_run_from_the_full_state(tmp_path: Path, cli, caplog) -> None:

@@ -35,6 +35,10 @@ def choose(name: str | None = None) -> str:
 
 def create(name: str | None = None, *, precision: Precision = "fp32", threads: int = 0) -> Backend:
     """This process's backend; joins the other processes of the job."""
+    for name_of_variable in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
+        if os.environ.get(name_of_variable) not in (None, "", "0"):
+            # with it an fp32 average of decay 0.999 ends at 0.25 where 0.95 is right, and still calls itself float32
+            raise BadInput(f"{name_of_variable}: expected to be unset (train.precision chooses bf16)")
     if in_job():
         leave_with_parent()
     return _BACKENDS[choose(name)](precision, threads)

@@ -50,7 +50,8 @@ def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> in
         except ChildFailedError as error:
             return _report(error, Path(folder))
         except SignalException as stop:
-            return 128 + int(stop.sigval)
+            failed = sorted(Path(folder).iterdir())
+            return _say(failed[0]) if failed else 128 + int(stop.sigval)
         finally:
             del os.environ["RQVAE_ERROR_DIR"]
     return 0
@@ -59,10 +60,16 @@ def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> in
 def _report(error: ChildFailedError, folder: Path) -> int:
     """Say why the first rank failed and return its code; torchrun reports death by a signal as a negative one."""
     rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-    words, code = folder / f"rank_{rank}", first.exitcode
-    if words.exists():
-        sys.stderr.write(f"error: {words.read_text()}\n")
-    elif code < 0:
-        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-code).name}\n")
+    if (words := folder / f"rank_{rank}").exists():
+        return _say(words)
+    if first.exitcode < 0:
+        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-first.exitcode).name}\n")
         return 3
-    return code
+    return first.exitcode
+
+
+def _say(words: Path) -> int:
+    """Say what a rank left, `CODE MESSAGE`, and return the code."""
+    code, _, message = words.read_text().partition(" ")
+    sys.stderr.write(f"error: {message}\n")
+    return int(code)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rqvae.errors import BadInput
 
-Prediction = Literal["velocity", "x0", "eps"]
+Prediction = Literal["velocity", "x0", "eps", "v"]
 Combination = tuple[Tensor, Tensor]
 
 
@@ -51,11 +51,18 @@ class Path(ABC):
         a, b = combination(self, prediction, t)
         return self.alpha(t) * b - self.sigma(t) * a
 
-    def convert(self, value: Tensor, x_t: Tensor, t_b: Tensor, source: Prediction, target: Prediction) -> Tensor:
-        """Turn a prediction of kind `source` at `x_t` into one of kind `target`.
+    def conversion(self, t: Tensor, source: Prediction, target: Prediction) -> Combination:
+        """Weights of x_t and of a prediction `source`, whose sum is the prediction `target`, in the shape of `t`.
 
         Solving alpha x0 + sigma noise = x_t and a x0 + b noise = value for (x0, noise) and combining them again gives
         ((c b - d a) x_t + (d alpha - c sigma) value) / (alpha b - sigma a) for a target c x0 + d noise.
+        """
+        (a, b), (c, d) = combination(self, source, t), combination(self, target, t)
+        determinant = self.determinant(source, t)
+        return (c * b - d * a) / determinant, (d * self.alpha(t) - c * self.sigma(t)) / determinant
+
+    def convert(self, value: Tensor, x_t: Tensor, t_b: Tensor, source: Prediction, target: Prediction) -> Tensor:
+        """Turn a prediction of kind `source` at `x_t` into one of kind `target`, by the weights of `conversion`.
 
         Args:
             value: (B, ...) the prediction.
@@ -69,9 +76,7 @@ class Path(ABC):
         """
         if source == target:
             return value
-        (a, b), (c, d) = combination(self, source, t_b), combination(self, target, t_b)
-        alpha, sigma, determinant = self.alpha(t_b), self.sigma(t_b), self.determinant(source, t_b)
-        return _combine(((c * b - d * a) / determinant, (d * alpha - c * sigma) / determinant), x_t, value)
+        return _combine(self.conversion(t_b, source, target), x_t, value)
 
 
 class LinearFlow(Path):
@@ -103,6 +108,8 @@ COMBINATIONS: dict[str, Callable[[Path, Tensor], Combination]] = {
     "velocity": lambda path, t: (path.d_alpha(t), path.d_sigma(t)),
     "x0": lambda _, t: (torch.ones_like(t), torch.zeros_like(t)),
     "eps": lambda _, t: (torch.zeros_like(t), torch.ones_like(t)),
+    # Salimans & Ho 2022, appendix D, for any path: with x_t it determines x0 at every time, as alpha^2 + sigma^2 > 0.
+    "v": lambda path, t: (-path.sigma(t), path.alpha(t)),
 }
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rqvae.diffusion.guidance import Guidance, Velocity
+from rqvae.diffusion.denoiser import Denoiser
+from rqvae.diffusion.guidance import Guidance, Predict
+from rqvae.diffusion.paths import LinearFlow, Path, Prediction
 from rqvae.diffusion.solvers import StepNoise, euler
 from rqvae.diffusion.timesteps import sampling_times
-from rqvae.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,11 @@ class Sampler:
     """A way to sample.
 
     Args:
-        solver: a function of `rqvae.diffusion.solvers`, `(denoise, x, times, noise) -> (x, nfe)`.
+        solver: a function of `rqvae.diffusion.solvers` by its name (`euler`, `heun`, `dpm_solver_pp_2m`), or a class
+            with settings (`DDIM`, `EulerMaruyama`): `(denoise, x, times, noise) -> (x, nfe)`.
         steps: steps from noise to data, >= 1.
         shift: > 0; above 1 spends more steps near the noise (`rqvae.diffusion.timesteps.sampling_times`).
-        guidance: none, or for example `ClassifierFree`.
+        guidance: none, or for example `ClassifierFree`, `Interval`, `Autoguidance`.
         start: the first time, in (0, 1]; SiT uses 0.999 for predictions that are singular at pure noise (eps on the
             linear path), and `rqvae.models.stage2.diffusion.LatentDiffusion` asks for it there.
     """
@@ -34,32 +36,39 @@ class Sampler:
     start: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.start <= 1:
-            raise BadInput(f"sampler.start: expected a number in (0, 1], got {self.start}")
-        sampling_times(self.steps, self.shift)
+        self.times()
 
     def times(self) -> Tensor:
         """(steps + 1,) float64 on the host, from `start` to 0."""
-        return sampling_times(self.steps, self.shift).clamp(max=self.start)
+        return sampling_times(self.steps, self.shift, self.start)
 
     def __call__(
-        self, velocity: Velocity, x: Tensor, condition: Any = None, noise: StepNoise | None = None
+        self,
+        predict: Predict,
+        x: Tensor,
+        condition: Any = None,
+        noise: StepNoise | None = None,
+        *,
+        path: Path | None = None,
+        prediction: Prediction = "velocity",
     ) -> tuple[Tensor, int]:
         """Walk from noise to data.
 
         Args:
-            velocity: `(x, t, condition) -> velocity`, t 0-dim float64 on the host.
+            predict: `(x, t, condition) -> prediction`, t 0-dim float64 on the host.
             x: (B, ...) noise.
             condition: of length B, or None.
             noise: fresh noise per step, for stochastic solvers.
+            path: the path of the predictions; None is `LinearFlow`.
+            prediction: what `predict` answers.
 
         Returns:
-            The sample (B, ...), and how often the guided velocity was evaluated (with classifier-free guidance each
-            evaluation is one forward of 2 B).
+            The sample (B, ...), and how often the guided prediction was evaluated (with classifier-free guidance
+            each evaluation is one forward of 2 B, with autoguidance one of B in each network).
         """
         guidance = self.guidance
 
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return velocity(x, t, condition) if guidance is None else guidance(velocity, x, t, condition)
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            return predict(x, t, condition) if guidance is None else guidance(predict, x, t, condition)
 
-        return self.solver(denoise, x, self.times(), noise)
+        return self.solver(Denoiser(guided, path or LinearFlow(), prediction), x, self.times(), noise)

@@ -79,23 +79,29 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def sampling_times(steps: int, shift: float = 1.0) -> Tensor:
+def sampling_times(steps: int, shift: float = 1.0, start: float = 1.0) -> Tensor:
     """The times of a sampler from noise to data.
 
     Args:
         steps: >= 1.
         shift: > 0; above 1 spends more steps near the noise.
+        start: the first time, in (0, 1].
 
     Returns:
-        (steps + 1,) float64 on the host, from exactly 1 down to exactly 0, equally spaced before shifting.
+        (steps + 1,) float64 on the host, from exactly `start` down to exactly 0, equally spaced before shifting.
 
     Raises:
-        BadInput: steps < 1 or shift <= 0.
+        BadInput: steps < 1, shift <= 0 or start outside (0, 1].
     """
     if steps < 1:
         raise BadInput(f"sampler.steps: expected a whole number >= 1, got {steps}")
     _check_shift("sampler.shift", shift)
-    return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64, device="cpu"), shift)
+    if not 0 < start <= 1:
+        raise BadInput(f"sampler.start: expected a number in (0, 1], got {start}")
+    first = start / (shift + (1 - shift) * start)  # the inverse of `shifted`
+    times = shifted(torch.linspace(first, 0, steps + 1, dtype=torch.float64, device="cpu"), shift)
+    times[0] = start  # exactly, whatever the two shifts round to
+    return times
 
 
 def _check_shift(key: str, shift: float) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper
@@ -59,24 +60,65 @@ def check_batch(batch_size: int, accumulate: int, world_size: int) -> None:
 
 
 def _start_worker(_: int) -> None:
-    """A loader worker computes on one thread and goes when its trainer goes."""
+    """A loader worker computes on one thread and goes when its trainer goes.
+
+    Signals that reach the whole process group are the trainer's to answer: it still needs batches for its last step.
+    """
     die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A BadInput on its way out of a loader worker, where raising it would wrap it in the worker's traceback."""
+
+    message: str
+
+
+@dataclass
+class _Guarded(Dataset[Any]):
+    """A stream whose mistakes are values."""
+
+    stream: LabeledImageDatasetWrapper
+
+    def __getitem__(self, position: int) -> LabeledImageData | _Refusal:
+        try:
+            return self.stream[position]
+        except BadInput as error:
+            return _Refusal(str(error))
+
+    def collate(self, samples: Sequence[LabeledImageData | _Refusal]) -> LabeledImageData | _Refusal:
+        refusals = [sample for sample in samples if isinstance(sample, _Refusal)]
+        try:
+            return refusals[0] if refusals else self.stream.collate_fn(samples)  # type: ignore[arg-type]
+        except BadInput as error:
+            return _Refusal(str(error))
 
 
 def make_loader(
     stream: LabeledImageDatasetWrapper, positions: Iterable[list[int]], workers: int, pin_memory: bool = False
-) -> DataLoader[LabeledImageData]:
-    """A loader of the stream's samples at `positions`, in order, whatever the number of workers."""
+) -> Iterator[LabeledImageData]:
+    """The batches of the stream's samples at `positions`, in order, whatever the number of workers.
+
+    Raises:
+        BadInput: while iterating, a sample that cannot be read.
+    """
+    guarded = _Guarded(stream)
     options: dict[str, Any] = {"worker_init_fn": _start_worker, "prefetch_factor": 4} if workers else {}
-    return DataLoader(
-        stream,
+    loader: DataLoader[Any] = DataLoader(
+        guarded,
         batch_sampler=positions,
         num_workers=workers,
-        collate_fn=stream.collate_fn,
+        collate_fn=guarded.collate,
         pin_memory=pin_memory,
         **options,
     )
+    for batch in loader:
+        if isinstance(batch, _Refusal):
+            raise BadInput(batch.message)
+        yield batch
 
 
 class Feed:

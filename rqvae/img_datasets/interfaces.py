@@ -40,6 +40,8 @@ def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return replace(value, **{f.name: _apply(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var,arg-type]
     if isinstance(value, dict):
         return {key: _apply(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_apply(item, change) for item in value]
     return value
 
 
@@ -53,10 +55,6 @@ class TensorFields:
     def pin_memory(self) -> Self:
         """All tensors in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
         return _apply(self, lambda x: x.pin_memory())
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """`change` applied to every tensor."""
-        return _apply(self, change)
 
 
 class Condition(TensorFields):

@@ -129,7 +129,12 @@ class Stage2Losses(_LossMapping):
 
 
 class Stage1Model(nn.Module):
-    """An autoencoder: image -> latent -> image. Images are in [0, 1] outside; the model normalises inside."""
+    """An autoencoder: image -> latent -> image. Images are in [0, 1] outside; the model normalises inside.
+
+    `pretrained` says that the constructor loads the weights, so that no checkpoint is needed.
+    """
+
+    pretrained: bool = False
 
     def forward(self, inputs: LabeledImageData) -> Stage1ModelOutput:
         """Reconstruct (B, 3, H, W)."""
@@ -154,6 +159,10 @@ class Stage1Model(nn.Module):
             BadInput: a side that the model's factor does not divide.
         """
         raise NotImplementedError
+
+    def latent_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and std (C,) float64 of the latents, where the weights come with them; None where they are unknown."""
+        return None
 
     def get_recon_imgs(self, images: Tensor) -> Tensor:
         """Images as they are shown and scored: clamped to [0, 1]."""
@@ -192,6 +201,12 @@ class base_connector(nn.Module):  # noqa: N801  (the name its users know)
     def set_statistics(self, mean_c: Tensor, std_c: Tensor) -> None:
         """Take the per-channel mean and std (C,) of Stage1's latents over the train split."""
         raise NotImplementedError(f"{type(self).__name__} takes no statistics")
+
+    def use_latent_scale(self, mean_c: Tensor, std_c: Tensor) -> None:
+        """Take the scale that Stage1 comes with (`Stage1Model.latent_statistics`), before the first use.
+
+        A connector that does not scale has no use for it.
+        """
 
 
 class Stage2Model(nn.Module):

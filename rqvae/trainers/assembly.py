@@ -19,8 +19,9 @@ from rqvae.callbacks.throughput import Progress, Throughput
 from rqvae.durations import Duration
 from rqvae.errors import BadInput
 from rqvae.img_datasets.feed import Feed, Positions, check_batch
-from rqvae.img_datasets.interfaces import LabeledImageDatasetWrapper
-from rqvae.run import AnyRun, Stage1Run
+from rqvae.img_datasets.interfaces import LabeledImageDataset, LabeledImageDatasetWrapper
+from rqvae.models.interfaces import ImageShape, Stage1Model
+from rqvae.run import AnyRun, GanSettings, Stage1Run
 from rqvae.trainers import checkpoint, stage1_trainer, stage2_trainer
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog, setup_text_log
@@ -82,13 +83,20 @@ class Choice:
     words: tuple[str, ...] = ()
 
 
-def choose(request: TrainRequest, config: dict[str, Any]) -> Choice:
-    """The same command again goes on; a run that is finished stays; else a new folder. Writes nothing."""
+def choose(request: TrainRequest, config: dict[str, Any], data: str) -> Choice:
+    """The same command on the same data goes on; a run that is finished stays; else a new folder. Writes nothing.
+
+    Args:
+        request: the command.
+        config: its resolved config.
+        data: the train split's fingerprint.
+    """
     source = str(Path(request.resume_ckpt).resolve()) if request.resume_ckpt else None
     if not request.fresh:
         for run in request.place.earlier():
             environment = json.loads((run / "environment.json").read_text())
-            if not same_config(run, config) or environment.get("resumed_from") != source:
+            same = same_config(run, config) and environment.get("data") == data
+            if not same or environment.get("resumed_from") != source:
                 continue
             if is_finished(run):
                 return Choice(run, finished=True, words=(f"{run} is finished; --fresh starts a new run",))
@@ -110,12 +118,35 @@ def choose(request: TrainRequest, config: dict[str, Any]) -> Choice:
 def check(run: AnyRun, world_size: int) -> None:
     """Everything that can be checked before a process, a device or a data set is touched; `run` is on `meta`."""
     check_batch(run.data.batch_size, run.train.accumulate, world_size)
+    image_shape = run.data.make("train")[0].spec.image_shape
+    if run.online_eval.every and min(image_shape[1:]) < 11:
+        raise BadInput(f"online_eval.every: expected null for images below 11 px, got {image_shape[1:]}")
     if isinstance(run, Stage1Run):
-        run.stage1.latent_shape(run.data.make("train")[0].spec.image_shape)
+        run.stage1.latent_shape(image_shape)
+        if run.gan:
+            check_gan(run.gan, run.stage1, image_shape)
     else:
+        if run.online_eval.every:
+            raise BadInput("online_eval.every: expected null for Stage2 (reconstruction scores are Stage1's)")
+        if run.train.channels_last:
+            raise BadInput("train.channels_last: expected false for Stage2 (it is for convolutional autoencoders)")
         with torch.device("meta"):
             two_stage = stage2_trainer.make_two_stage(run)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
+
+
+def check_gan(gan: GanSettings, stage1: Stage1Model, image_shape: ImageShape) -> None:
+    """That the discriminator takes the images, and that the model has the layer that the weighting asks for."""
+    try:
+        gan.discriminator(torch.empty(1, *image_shape, device="meta"))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"gan.discriminator: does not take images {image_shape}: {reason}") from error
+    if gan.weighting == "last_layer":
+        try:
+            stage1.get_last_layer()
+        except NotImplementedError as error:
+            raise BadInput(f"gan.weighting: {error}") from error
 
 
 @dataclass
@@ -143,7 +174,8 @@ class TrainingJob:
         """
         setup_text_log(self.backend.rank)
         stream, clock = self._open_data()
-        choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config))
+        fingerprint = stream.dataset.fingerprint()
+        choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint))
         for line in choice.words if self.backend.rank == 0 else ():
             log.info("%s", line)
         if choice.finished:
@@ -157,11 +189,16 @@ class TrainingJob:
         state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)
         if choice.load:
             state.load(choice.load, clock)
+            if clock.step >= clock.total_steps and not choice.folder.exists():
+                raise BadInput(
+                    f"--resume-ckpt {choice.load}: is at step {clock.step}; expected train.steps to be more, got "
+                    f"{clock.total_steps}"
+                )
         elif parts.before_start:
             parts.before_start()
         if self._lock is None:  # a new folder is made only now: a wrong checkpoint leaves nothing behind
             counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.counted.items()}
-            self._take(choice, {"parameters": counts})
+            self._take(choice, {"parameters": counts, "data": fingerprint})
         return self._fit(choice, parts, state, clock, stream)
 
     def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
@@ -169,14 +206,20 @@ class TrainingJob:
         run = self.run
         check_batch(run.data.batch_size, run.train.accumulate, self.backend.world_size)
         dataset, transform = run.data.make("train")
-        on_main(self.backend, dataset.open)  # rank 0 first: it reports what is wrong, and fills caches
-        if self.backend.rank:
-            dataset.open()
+        self._open(dataset)
+        if run.pictures.every or (run.online_eval.every and self.request.online_eval):
+            self._open(run.data.make("val")[0])
         if len(dataset) == 0:
             raise BadInput("data.dataset: the train split is empty")
         clock = Clock(run.data.batch_size, len(dataset))
         clock.total_steps = clock.steps_of(Duration.parse(run.train.steps))
         return LabeledImageDatasetWrapper(dataset, transform, {}, run.train.seed, shuffle=True), clock
+
+    def _open(self, dataset: LabeledImageDataset) -> None:
+        """Rank 0 first: it reports what is wrong, and fills caches."""
+        on_main(self.backend, dataset.open)
+        if self.backend.rank:
+            dataset.open()
 
     def _take(self, choice: Choice, facts: dict[str, Any]) -> None:
         """Make the folder where it is new, with `facts` in environment.json, and hold its lock on rank 0."""
@@ -228,6 +271,8 @@ class TrainingJob:
         finally:
             if run_log:
                 run_log.close()
+        if skipped := getattr(stream.dataset, "skipped", 0):
+            log.warning("%d images could not be read and were skipped", skipped)
         if finished:
             on_main(backend, lambda: (folder / "FINISHED").write_text(f"step {clock.step}\n"))
         return 0 if finished else 128 + trainer.session.signal

@@ -57,8 +57,8 @@ def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any]) 
         for name, group in tensors.items():
             file = folder / f"{name}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
-            # clones of shared storage (tied weights) are what safetensors refuses otherwise
-            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, file)
+            # copies: safetensors refuses tensors that share memory, as tied weights do
+            save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, file)
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         listing = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files}

@@ -64,8 +64,8 @@ class Clock:
         return max(1, ceil(duration.amount / per_step))
 
     def starting_at(self, start: DurationText) -> int:
-        """A moment at which something starts, in steps; 0 and 1 both mean from the first step."""
-        return 0 if str(start).strip() in ("0", "1") else self.steps_of(Duration.parse(start))
+        """How many steps are done before something starts whose first step (counted from 1) is `start`; 0 is as 1."""
+        return 0 if str(start).strip() == "0" else self.steps_of(Duration.parse(start)) - 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to save: the images consumed (the rest comes from the config)."""

@@ -15,13 +15,11 @@ from rqvae.errors import BadInput
 from rqvae.img_datasets.feed import Positions, make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, Split
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.reconstruction import psnr, ssim, to_8bit_levels, to_uint8
+from rqvae.metrics.reconstruction import ReconstructionScores, to_uint8
 from rqvae.models.interfaces import Stage1Model
 from rqvae.randomness import Draw
 from rqvae.run import DataSettings
 from rqvae.trainers import checkpoint
-
-_SCORES = {"psnr": psnr, "ssim": ssim}
 
 
 @dataclass
@@ -52,19 +50,18 @@ class SplitWalk:
             self._stream = LabeledImageDatasetWrapper(dataset, transform, self.draws, seed=0, shuffle=False)
         return self._stream
 
-    def batches(self, images: int = 0, start: int = 0) -> Iterator[tuple[LabeledImageData, Tensor]]:
+    def batches(self, images: int = 0) -> Iterator[tuple[LabeledImageData, Tensor]]:
         """This rank's batches and a mask (B,) of the samples that count.
 
         The last batch is filled up with samples that do not count, so that every batch has one shape.
 
         Args:
             images: how many images of the split, 0 for all.
-            start: images that are left out at the beginning.
         """
         total = min(images or len(self.stream), len(self.stream))
         world = self.backend.world_size
         per_step = max(world, self.data.batch_size // world * world)
-        positions = Positions(start, total, per_step, 1, self.backend.rank, world)
+        positions = Positions(0, total, per_step, 1, self.backend.rank, world)
         loader = make_loader(self.stream, positions, self.data.workers)
         for batch in self.backend.feed(loader):
             yield batch, batch.sample_id < total
@@ -85,25 +82,12 @@ def reconstruction_scores(
     stage1: Stage1Model, walk: SplitWalk, images: int, metrics: Sequence[str], prefix: str
 ) -> dict[str, float]:
     """Mean scores of 8-bit reconstructions over a split; every rank gets the same numbers."""
-    sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=walk.backend.device)
+    scores = ReconstructionScores(walk.backend.device)
     for batch, valid in walk.batches(images):
         original = batch.require_img()
-        recon = reconstruct(stage1, original)
-        sums += score_sums(recon, original, valid, metrics)
-    return mean_scores(walk.backend.all_reduce(sums), metrics, prefix)
-
-
-def score_sums(recon: Tensor, original: Tensor, valid: Tensor, metrics: Sequence[str]) -> Tensor:
-    """(len(metrics) + 1,) float64: each score summed over the valid images, and their number."""
-    recon, original = to_8bit_levels(recon), to_8bit_levels(original)
-    weight = valid.double()
-    return torch.stack([*((_SCORES[name](recon, original) * weight).sum() for name in metrics), weight.sum()])
-
-
-def mean_scores(sums: Tensor, metrics: Sequence[str], prefix: str) -> dict[str, float]:
-    """Scores by name from the reduced sums."""
-    values = (sums[:-1] / sums[-1]).tolist()
-    return {f"{prefix}{name}": value for name, value in zip(metrics, values, strict=True)}
+        scores.update(reconstruct(stage1, original), original, valid)
+    result = ReconstructionScores.result(walk.backend.all_reduce(scores.state()))
+    return {f"{prefix}{name}": result[name] for name in metrics}
 
 
 def as_pictures(images: Tensor) -> np.ndarray:
@@ -122,10 +106,11 @@ def load_stage1(stage1: Stage1Model, path: str | None, where: str = "stage1_chec
     """Load the evaluated weights (EMA where there is one) of a Stage1 run and return their sha256.
 
     Raises:
-        BadInput: no checkpoint for a model that has parameters, or one of another architecture.
+        BadInput: no checkpoint for a model that has parameters and brings no weights itself, or one of another
+            architecture.
     """
     if path is None:
-        if any(True for _ in stage1.parameters()):
+        if not stage1.pretrained and any(True for _ in stage1.parameters()):
             raise BadInput(f"{where}: expected a run or checkpoint folder for {type(stage1).__name__}, got null")
     else:
         load_evaluated(stage1, "stage1", Path(path))

@@ -73,6 +73,16 @@ def wandb_mode(settings: LogSettings) -> str:
     return mode
 
 
+def add_to_wandb(folder: Path, wandb_id: str, values: dict[str, float]) -> None:
+    """Add values to the summary of a W&B run that may have ended."""
+    mode = wandb_mode(LogSettings())
+    if mode != "disabled":
+        import wandb
+
+        with wandb.init(id=wandb_id, resume="allow", dir=folder, mode=mode) as run:  # type: ignore[arg-type]
+            run.summary.update(values)
+
+
 class RunLog:
     """Writes rows and pictures of one run. Made on rank 0 only.
 

@@ -20,7 +20,8 @@ class Meter:
         """One observation of each value (a scalar)."""
         for name, value in values.items():
             key = prefix + name
-            value = value.detach()
+            # at least fp32: a sum of 500 ones stands still at 256 in bf16
+            value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
 
@@ -28,14 +29,10 @@ class Meter:
         """The means over micro-batches and ranks, and forget them. Collective: every rank calls it."""
         if not self.sums:
             return {}
-        flat = torch.stack([self.sums[k].float() if self._low(k) else self.sums[k] for k in self.sums])
-        flat = self.backend.all_reduce(flat, "mean")
+        flat = self.backend.all_reduce(torch.stack(list(self.sums.values())), "mean")
         means = {key: flat[i] / self.counts[key] for i, key in enumerate(self.sums)}
         self.sums, self.counts = {}, {}
         return means
-
-    def _low(self, key: str) -> bool:
-        return self.sums[key].dtype in (torch.bfloat16, torch.float16)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """The unfinished sums and counts, for a checkpoint between two rows. Collective: every rank calls it.

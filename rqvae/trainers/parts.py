@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rqvae.backends import Backend, Precision
+from rqvae.errors import BadInput, RunFailed
 from rqvae.models.ema import EMA
 from rqvae.randomness import Draw
 from rqvae.trainers.settings import EmaSettings
@@ -70,13 +71,16 @@ def make_ema(module: nn.Module, settings: EmaSettings) -> list[EMA]:
 
 
 def on_main(backend: Backend, action: Callable[[], Any]) -> Any:
-    """`action()` on rank 0, its result on every rank; its error ends every rank, and only rank 0 reports it."""
+    """`action()` on rank 0, its result on every rank; its error is raised on every rank, so that all end alike."""
     result, error = None, None
     if backend.rank == 0:
         try:
             result = action()
         except Exception as problem:  # noqa: BLE001  (told to every rank, then raised again)
             error = problem
-    if backend.broadcast(error is not None):
-        raise error if error is not None else SystemExit(1)
+    told = backend.broadcast(None if error is None else (isinstance(error, BadInput), str(error)))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise BadInput(told[1]) if told[0] else RunFailed(told[1])
     return backend.broadcast(result)

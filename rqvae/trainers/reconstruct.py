@@ -17,14 +17,15 @@ from tqdm import tqdm
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
 from rqvae.metrics.grids import image_grid
+from rqvae.metrics.reconstruction import CONVENTIONS, ReconstructionScores
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun
 from rqvae.trainers import checkpoint
-from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, mean_scores, reconstruct, score_sums
+from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, reconstruct
+from rqvae.trainers.logging import add_to_wandb
 from rqvae.trainers.parts import on_main
 
 log = logging.getLogger(__name__)
-METRICS = ("psnr", "ssim")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,14 @@ class ReconRequest:
         folder: SAVE_DIR/RUN_NAME.
         ckpt: run or checkpoint folder; null for a model without parameters.
         resume_ckpt: the same, given where a cut-off command is repeated; another one is an error.
+        wandb_id: W&B run that gets the scores, as `recon/psnr` and so on; None for none.
         grid_images: images in a grid.
     """
 
     folder: Path
     ckpt: str | None
     resume_ckpt: str | None = None
+    wandb_id: str | None = None
     grid_images: int = 16
 
     @property
@@ -67,11 +70,13 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
     Image i is scored from its file, so that a run that was cut off and repeated gives the same numbers.
     """
     weights = load_stage1(run.stage1, request.source, "CKPT")
-    on_main(backend, lambda: _claim(request, weights))
     stage1 = run.stage1.to(backend.device).eval()
     walk = SplitWalk(run.data, "test", backend)
+    on_main(backend, lambda: walk.stream and None)
+    facts = {"stage1_sha256": weights, "data": walk.stream.dataset.fingerprint(), "checkpoint": request.source}
+    on_main(backend, lambda: _claim(request, facts))
     images = request.folder / "images"
-    sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64)
+    sums = ReconstructionScores(backend.device)
     per_step = max(1, run.data.batch_size)
     bar = tqdm(total=len(walk.stream), desc=request.folder.name, unit="image", disable=backend.rank > 0)
     for batch, valid in walk.batches():
@@ -79,22 +84,25 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
         ids = batch.sample_id.tolist()
         original = batch.require_img()
         recon = _read_or_reconstruct(stage1, original, [images / f"{i:06d}.png" for i in ids], valid)
-        sums += score_sums(recon, original, valid, METRICS).cpu()
+        sums.update(recon, original, valid)
         bar.update(min(per_step, len(walk.stream) - bar.n))
     bar.close()
-    scores = mean_scores(backend.all_reduce(sums.to(backend.device)), METRICS, "")
-    on_main(backend, lambda: _finish(request, walk, stage1, scores, weights))
+    result = ReconstructionScores.result(backend.all_reduce(sums.state()))
+    scores = {name: result[name] for name in CONVENTIONS}
+    on_main(backend, lambda: _finish(request, walk, stage1, scores, facts))
     return scores
 
 
-def _claim(request: ReconRequest, weights: str) -> None:
-    """Make the folder; refuse one that holds the images of other weights."""
+def _claim(request: ReconRequest, facts: dict[str, str | None]) -> None:
+    """Make the folder; refuse one that holds the images of other weights or of other data."""
+    note = request.folder / "stage1.json"
+    held = json.loads(note.read_text()) if note.exists() else facts
+    for key in ("stage1_sha256", "data"):
+        if held[key] != facts[key]:
+            raise BadInput(f"{request.folder}: holds reconstructions with {key} {held[key]}, expected {facts[key]}")
     (request.folder / "images").mkdir(parents=True, exist_ok=True)
     (request.folder / "grids").mkdir(exist_ok=True)
-    note = request.folder / "stage1.json"
-    if note.exists() and (held := json.loads(note.read_text())["stage1_sha256"]) != weights:
-        raise BadInput(f"{request.folder}: holds reconstructions of other weights ({held[:12]}, not {weights[:12]})")
-    note.write_text(json.dumps({"stage1_sha256": weights, "checkpoint": request.source}))
+    note.write_text(json.dumps(facts))
 
 
 def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path], valid: Tensor) -> Tensor:
@@ -112,7 +120,7 @@ def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path
 
 
 def _finish(
-    request: ReconRequest, walk: SplitWalk, stage1: Stage1Model, scores: dict[str, float], weights: str
+    request: ReconRequest, walk: SplitWalk, stage1: Stage1Model, scores: dict[str, float], facts: dict[str, str | None]
 ) -> None:
     original = walk.first(request.grid_images).require_img()
     recon = reconstruct(stage1, original)
@@ -122,6 +130,9 @@ def _finish(
     step = None
     if request.source:
         step = checkpoint.read_meta(checkpoint.find(Path(request.source)))["clock"]["step"]
-    facts = {"n": len(walk.stream), "step": step, "checkpoint": request.source, "stage1_sha256": weights}
-    text = json.dumps({**scores, **facts, "convention": "psnr_rgb_u8, ssim_wang_rgb_u8"}, indent=1)
-    (request.folder / "metrics.json").write_text(text)
+    skipped = getattr(walk.stream.dataset, "skipped", 0)
+    convention = ", ".join(CONVENTIONS.values())
+    text = {**scores, "n": len(walk.stream), "skipped": skipped, "step": step, **facts, "convention": convention}
+    (request.folder / "metrics.json").write_text(json.dumps(text, indent=1))
+    if request.wandb_id:
+        add_to_wandb(request.folder, request.wandb_id, {f"recon/{name}": value for name, value in scores.items()})

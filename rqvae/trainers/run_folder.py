@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import platform
@@ -18,8 +19,17 @@ import yaml
 
 from rqvae.errors import BadInput
 
-# Keys that say where and with how many processes a run is computed, not what is computed.
-_PLACE_KEYS = {"workers", "threads", "root", "stage1_checkpoint", "trunk_weights", "progress", "stop_check_seconds"}
+# Keys that say where and with how many processes a run is computed, not what is computed. Other data under another
+# path are told apart by their fingerprint, other Stage1 weights by their hash.
+_PLACE_KEYS = {
+    "data.workers",
+    "data.dataset.init_args.root",
+    "train.threads",
+    "train.stop_check_seconds",
+    "logging.progress",
+    "lpips.trunk_weights",
+    "stage1_checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,11 @@ class RunPlace:
 
     def check_writable(self) -> None:
         """Raise BadInput unless the folder can be made and written."""
+        if "://" in str(self.save_dir) or ":/" in str(self.save_dir):
+            raise BadInput(f"SAVE_DIR {self.save_dir}: expected a folder (a mounted bucket is one), got a URL")
+        for name in (self.project, self.run_name):
+            if not name or "/" in name:
+                raise BadInput(f"PROJECT and RUN_NAME: expected names without /, got {name!r}")
         nearest = self.parent
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
@@ -45,7 +60,8 @@ class RunPlace:
 
     def earlier(self) -> list[Path]:
         """Runs of this name, newest first."""
-        found = [p for p in self.parent.glob(f"{self.run_name}_*") if (p / "config.yaml").exists()]
+        named = self.parent.glob(f"{glob.escape(self.run_name)}_*")
+        found = [p for p in named if (p / "config.yaml").exists() and (p / "environment.json").exists()]
         return sorted((p for p in found if _is_time(p.name[len(self.run_name) + 1 :])), reverse=True)
 
     def new(self) -> Path:
@@ -59,11 +75,13 @@ def _is_time(text: str) -> bool:
     return len(text) >= 15 and text[:8].isdigit() and text[8] == "-" and text[9:15].isdigit()
 
 
-def what_is_computed(config: Any) -> Any:
+def what_is_computed(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The resolved config without the keys that only say where, and with how many processes, it is computed."""
-    if isinstance(config, dict):
-        return {k: what_is_computed(v) for k, v in config.items() if k not in _PLACE_KEYS}
-    return [what_is_computed(item) for item in config] if isinstance(config, list) else config
+    return {
+        key: what_is_computed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if f"{prefix}{key}" not in _PLACE_KEYS
+    }
 
 
 def same_config(folder: Path, config: dict[str, Any]) -> bool:

@@ -18,6 +18,14 @@ class Schedule:
         raise NotImplementedError
 
 
+def _check_warmup(warmup: DurationText) -> None:
+    if str(warmup).strip() != "0":
+        try:
+            Duration.parse(warmup)
+        except BadInput as error:
+            raise BadInput(f"schedule.warmup: {error}") from None
+
+
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise BadInput(f"{name}: expected a number in [0, 1], got {value}")
@@ -32,6 +40,9 @@ class Constant(Schedule):
     """
 
     warmup: DurationText = 0
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup)
 
     def factor(self, step: int, clock: Clock) -> float:
         return _warmup(step, self.warmup, clock)
@@ -50,7 +61,8 @@ class WarmupCosine(Schedule):
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_fraction("final", self.final)
+        _check_warmup(self.warmup)
+        _check_fraction("schedule.final", self.final)
 
     def factor(self, step: int, clock: Clock) -> float:
         start = _steps(self.warmup, clock)
@@ -77,7 +89,12 @@ class OneCycle(Schedule):
     final_div_factor: float = 1e4
 
     def __post_init__(self) -> None:
-        _check_fraction("pct_start", self.pct_start)
+        _check_fraction("schedule.pct_start", self.pct_start)
+        if self.div_factor <= 0 or self.final_div_factor <= 0:
+            raise BadInput(
+                f"schedule.div_factor, final_div_factor: expected more than 0, got {self.div_factor}, "
+                f"{self.final_div_factor}"
+            )
 
     def factor(self, step: int, clock: Clock) -> float:
         first, last = 1 / self.div_factor, 1 / (self.div_factor * self.final_div_factor)

@@ -103,13 +103,14 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
     run.stage1.latent_shape(image_shape)
     dtype = float_type(run.train.precision)
     stage1 = run.stage1.to(backend.device, dtype).train()
-    if run.train.channels_last:
-        stage1.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lpips = None
     if run.lpips:
         lpips = LPIPSLoss(net=run.lpips.net, trunk_weights=run.lpips.trunk_weights)
         on_main(backend, lpips.fetch)
         lpips = lpips.load().to(backend.device, dtype)
+    if run.train.channels_last:
+        for module in (stage1, *([run.gan.discriminator] if run.gan else [])):
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped = backend.wrap(stage1)
     modules: dict[str, nn.Module] = {"stage1": stage1}
     starts, wrapped_discriminator = 0, None

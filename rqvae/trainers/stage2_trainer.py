@@ -5,6 +5,7 @@ One step is: encode, connector.forward, Stage2.forward, compute_loss, update.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
 from rqvae.trainers.parts import Parts, float_type, make_ema
 from rqvae.trainers.updates import StepLosses, Update
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -127,6 +130,7 @@ def estimate_statistics(two_stage: TwoStage, walk: SplitWalk) -> None:
     if not two_stage.connector.needs_statistics():
         return
     statistics, backend = ChannelStatistics(), walk.backend
+    log.info("estimating the latents' mean and std over %d images", len(walk.stream))
     for batch, valid in walk.batches():
         statistics.update(two_stage.stage1.encode(batch).zs, valid)
     _, mean_c, std_c = statistics.reduced(lambda x: backend.all_reduce(x.to(backend.device)).cpu())

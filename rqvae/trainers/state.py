@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rqvae.backends import Backend
 from rqvae.durations import Duration
-from rqvae.errors import BadInput
+from rqvae.errors import BadInput, RunFailed
 from rqvae.models.ema import EMA
 from rqvae.trainers import checkpoint
 from rqvae.trainers.clock import Clock
@@ -58,6 +58,9 @@ class TrainState:
     def save(self, run: Path, clock: Clock, settings: CheckpointSettings) -> None:
         """Write a checkpoint of the present step and remove those that need not stay. Every rank calls it."""
         sums, counts = self.meter.state()
+        if bad := [key for key, value in sums.items() if not bool(value.isfinite())]:
+            last = self.last_good(run)
+            raise RunFailed(f"step {clock.step}: {', '.join(bad)} is not finite; the last good checkpoint is {last}")
         on_main(self.backend, lambda: self._write(run, clock, settings, sums, counts))
 
     def _write(
@@ -118,6 +121,12 @@ class TrainState:
 
     @staticmethod
     def last_good(run: Path) -> Path | None:
-        """The newest complete checkpoint of a run."""
-        found = checkpoint.in_run(run)
-        return found[-1] if found else None
+        """The newest complete checkpoint of a run whose files are undamaged."""
+        for folder in reversed(checkpoint.in_run(run)):
+            try:
+                checkpoint.verify(folder)
+            except BadInput as error:
+                log.warning("%s; the one before it is used", error)
+            else:
+                return folder
+        return None

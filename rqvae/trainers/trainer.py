@@ -121,7 +121,8 @@ class Trainer:
                             losses = update.loss(micro, m)
                         self.backend.backward(losses.total / len(micros))
                     self.meter.add(losses.parts)
-                    logged |= losses.parts
+                    for name, part in losses.parts.items():
+                        logged[name] = logged.get(name, 0) + part.detach() / len(micros)
                 self.backend.reduce(update.params)
                 self.notify("after_backward", update)
                 for intervention in self.interventions:
@@ -166,7 +167,9 @@ class Trainer:
         if bad:
             last = self.state.last_good(self.folder)
             where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise RunFailed(f"step {moment['step']}: {', '.join(bad)} is not finite; {where}")
+            since = moment["images"] - self.clock.batch_size * self.clock.steps_of(self._log_every)
+            samples = f"samples {max(0, int(since))} to {int(moment['images']) - 1} of the stream"
+            raise RunFailed(f"step {moment['step']}: {', '.join(bad)} is not finite ({samples}); {where}")
 
     def save(self) -> None:
         """Write a checkpoint of the present step; every rank calls it."""

@@ -55,6 +55,10 @@ class UpdateSettings:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise BadInput(f"lr: expected more than 0, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise BadInput(f"betas: expected numbers in [0, 1), got {list(self.betas)}")
+        if self.weight_decay < 0 or self.eps <= 0:
+            raise BadInput(f"weight_decay, eps: expected >= 0 and > 0, got {self.weight_decay}, {self.eps}")
         if self.clip is not None and self.clip <= 0:
             raise BadInput(f"clip: expected more than 0 or null, got {self.clip}")
 
@@ -99,6 +103,8 @@ class Update:
 
     def __post_init__(self) -> None:
         self.params = [p for p in self.module.parameters() if p.requires_grad]
+        if not self.params:
+            raise BadInput(f"updates.{self.name}: {type(self.module).__name__} has no parameters to train")
         self.optimizer = self.make_optimizer(self.params, self.settings)
 
     def schedule(self, clock: Clock) -> float:
@@ -124,8 +130,10 @@ class Update:
         self.optimizer.state.clear()
         for full, value in state.items():
             name, _, key = full.rpartition(".")
-            # a copy: fused AdamW updates its state in place, and a tensor read from a file may be a view of it
-            self.optimizer.state[names[name]][key] = value.clone()
+            p = names[name]
+            # In the parameter's memory format and type: fused AdamW walks both memories side by side, so that a
+            # contiguous moment beside a channels_last weight would be read permuted.
+            self.optimizer.state[p][key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.clone()
 
 
 @contextlib.contextmanager

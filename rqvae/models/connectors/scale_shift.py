@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,17 +13,20 @@ from rqvae.errors import BadInput
 from rqvae.models.connectors.statistics import channel_axis
 from rqvae.models.interfaces import LatentShape, Stage1Encodings, Stage2ModelOutput, base_connector
 
+CONFIGURATION, STAGE1 = "the configuration", "Stage1's own config"
+
 
 class ScaleShift(base_connector):
-    """(z - mean) / std per channel, and back. The statistics are given here, or estimated over the train split.
+    """(z - mean) / std per channel, and back.
 
-    They are float32 buffers of the checkpoint (accelerators without float64 hold them too); until they are known they
-    are NaN and any use is refused. Estimating, or loading a checkpoint, is a second source of scale where the
-    configuration gives the first, and is refused.
+    The statistics are given here, or come with Stage1 (`Stage1Model.latent_statistics`, for example the scaling_factor
+    of a diffusers autoencoder), or are estimated over the train split. They are float32 buffers of the checkpoint
+    (accelerators without float64 hold them too); until they are known they are NaN and any use is refused. There is
+    one source of scale: a second one is refused, and so is a checkpoint with other values than the first.
 
     Args:
-        mean: one number per channel; None to estimate.
-        std: one number > 0 per channel; None to estimate. Both are given or neither.
+        mean: one number per channel; None to take Stage1's, or to estimate.
+        std: one number > 0 per channel; None to take Stage1's, or to estimate. Both are given or neither.
     """
 
     mean: Tensor | None
@@ -35,9 +39,13 @@ class ScaleShift(base_connector):
         self._known = False
         if (mean is None) != (std is None):
             raise BadInput("connector: expected mean and std together or neither, got one of them")
-        self._given = mean is not None
+        # Where the scale is from, if neither from an estimate nor from a checkpoint.
+        self._given_by: str | None = None
         if mean is not None and std is not None:
-            self._take(torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64))
+            self._given_by = CONFIGURATION
+            # On the host, so that their values are checked also where a configuration is tried on meta tensors.
+            mean_c, std_c = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (mean, std))
+            self._take(mean_c, std_c)
 
     def forward(self, encodings: Stage1Encodings) -> Stage1Encodings:
         """Normalise (B, C, h, w) or (B, L, C).
@@ -82,9 +90,24 @@ class ScaleShift(base_connector):
             BadInput: statistics are known already; shapes other than (C,); a std that is not > 0; not finite.
         """
         if self._known:
-            source = "the configuration" if self._given else "an estimate or a checkpoint"
+            source = self._given_by or "an estimate or a checkpoint"
             raise BadInput(f"connector: expected one source of scale, got statistics although {source} gives them")
         self._take(mean_c, std_c)
+
+    def use_latent_scale(self, mean_c: Tensor, std_c: Tensor) -> None:
+        """Take the statistics (C,) that Stage1 comes with. Taking the same ones again changes nothing.
+
+        Raises:
+            BadInput: statistics are given in the configuration, or others are known; and as `set_statistics`.
+        """
+        if self._given_by == CONFIGURATION:
+            raise BadInput(
+                f"connector.mean, connector.std: expected null, as {STAGE1} gives the scale, got a second source of it"
+            )
+        if self._known:
+            self._check_same({"mean": mean_c, "std": std_c}, self._given_by or "an estimate or a checkpoint", STAGE1)
+        self._take(mean_c, std_c)
+        self._given_by = STAGE1
 
     def _take(self, mean_c: Tensor, std_c: Tensor) -> None:
         if (
@@ -120,19 +143,23 @@ class ScaleShift(base_connector):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load also before `latent_shape` was called, and learn from the values whether they are statistics."""
         loaded = {name: state_dict.get(prefix + name) for name in ("mean", "std")}
-        if self._given:
-            self._check_same(loaded)
+        if self._given_by is not None:
+            self._check_same(loaded, self._given_by, "the checkpoint")
         elif self.mean is None and loaded["mean"] is not None and loaded["std"] is not None:
             self.mean, self.std = torch.empty_like(loaded["mean"]), torch.empty_like(loaded["std"])
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.mean is not None and self.std is not None:
             self._known = bool(self.mean.isfinite().all() & self.std.isfinite().all())
 
-    def _check_same(self, loaded: dict[str, Tensor | None]) -> None:
-        for name, value in loaded.items():
+    def _check_same(self, others: Mapping[str, Tensor | None], own_source: str, other_source: str) -> None:
+        for name, value in others.items():
             own = getattr(self, name)
+            if (
+                own.is_meta
+            ):  # a configuration is being tried: there are shapes and no values, and `_take` compares those
+                continue
             if value is not None and (value.shape != own.shape or not torch.allclose(value.to(own), own, rtol=1e-6)):
                 raise BadInput(
-                    f"connector.{name}: expected one source of scale, got {own.tolist()} in the configuration "
-                    f"and {value.tolist()} in the checkpoint"
+                    f"connector.{name}: expected one source of scale, got {own.tolist()} in {own_source} "
+                    f"and {value.tolist()} in {other_source}"
                 )

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rqvae.diffusion.denoiser import Denoiser
+from rqvae.diffusion.guidance import Predict
+from rqvae.diffusion.noise import KeyedNoise
 from rqvae.diffusion.paths import LinearFlow, Path, Prediction
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw, Uniform
@@ -37,8 +40,8 @@ class LatentDiffusion(Stage2Model):
         latent_shape: (C, h, w), given by Stage1 and the connector.
         data_spec: what the conditions are, given by the dataset.
         backbone: class of the network, `(x (B, C, h, w), t (B,), condition) -> (B, C, h, w)`; made with the two above.
-        path: from data to noise; null is `LinearFlow`.
-        prediction: what the network answers: velocity, x0 (data) or eps (noise).
+        path: from data to noise (`rqvae.diffusion.vp.VP`); null is `LinearFlow`.
+        prediction: what the network answers: velocity, x0 (data), eps (noise) or v = alpha eps - sigma x0.
         timesteps: law of the training times; null is `Uniform`.
         sampler: solver, steps, spacing and guidance; 50 Euler steps without guidance where it is not given.
         drop_condition: share of training samples that see the null condition, in [0, 1]; without effect where the
@@ -118,27 +121,49 @@ class LatentDiffusion(Stage2Model):
     def infer(self, inputs: LabeledImageData, *, noise: Tensor, sampler: Sampler | None = None) -> Stage2ModelOutput:
         """Generate latents.
 
+        Stochastic solvers get noise that is a function of each sample's `noise`, so a sample does not depend on its
+        batch.
+
         Args:
             inputs: only `condition` is read; None exactly where the data have none.
             noise: (B, C, h, w); its precision, at least fp32, is that of the sampling.
             sampler: in place of the model's own.
 
         Returns:
-            zs_pred (B, C, h, w), and `nfe`: how often the (guided) velocity was evaluated.
+            zs_pred (B, C, h, w), and `nfe`: how often the (guided) prediction was evaluated.
 
         Raises:
             BadInput: no condition where there must be one; a sampler that does not fit.
         """
         if sampler is not None:
             self._check(sampler)
-        zs, nfe = (sampler or self.sampler)(self._velocity, noise.to(_at_least_fp32(noise)), self._condition(inputs))
+        noise = noise.to(_at_least_fp32(noise))
+        zs, nfe = (sampler or self.sampler)(
+            self._predict,
+            noise,
+            self._condition(inputs),
+            KeyedNoise(noise),
+            path=self.path,
+            prediction=self.prediction,
+        )
         return Stage2ModelOutput(zs_pred=zs, additional_attr={"nfe": nfe})
 
-    def _velocity(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-        """Velocity (B, C, h, w) at one time `t` () for the whole batch."""
-        t_b = t.to(x).expand(len(x))
-        prediction = self.backbone(x, t_b, condition).to(x.dtype)
-        return self.path.convert(prediction, x, t_b, self.prediction, "velocity")
+    def predictor(self, prediction: Prediction) -> Predict:
+        """This model as the guide of another (`Autoguidance`): `(x, t, condition) -> prediction` of the kind named.
+
+        Without gradients; put the model into eval mode first.
+        """
+
+        @torch.no_grad()
+        def predict(x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+            answer = Denoiser(lambda x, t: self._predict(x, t, condition), self.path, self.prediction)
+            return answer.at(x, t, prediction)[0]
+
+        return predict
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """The network's answer (B, C, h, w) at one time `t` () for the whole batch."""
+        return self.backbone(x, t.to(x).expand(len(x)), condition).to(x.dtype)
 
     @property
     def _drops(self) -> bool:
