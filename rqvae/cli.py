@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rqvae.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from rqvae.run import AnyRun
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -127,6 +132,8 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument("--stage", type=int, choices=(1, 2), help="refuse a config of the other stage")
     parser.add_argument("--do-online-eval", type=_yes, default=True, metavar="True|False", help="score while training")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, parameters, operations, memory and exit")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="with --dry-run: write it as JSON too")
     options, overrides = parser.split(arguments)
 
     import yaml
@@ -146,6 +153,8 @@ def train(arguments: Sequence[str]) -> int:
     if options.print_config:
         sys.stdout.write(yaml.safe_dump(configuration.resolved, sort_keys=False))
         return 0
+    if options.dry_run:
+        return _dry_run(configuration.instantiate("meta"), options.json)
     world_size, backend_name = _world_size(options), backends.choose(options.backend)
     name = options.run_name or Path(_files(options)[0]).stem
     place = RunPlace(Path(options.save_dir), options.project, name)
@@ -163,6 +172,30 @@ def train(arguments: Sequence[str]) -> int:
         return TrainingJob(configuration.instantiate(), configuration.resolved, backend, request).execute()
     finally:
         backend.close()
+
+
+def _dry_run(run: AnyRun, out: Path | None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rqvae.trainers.assembly import check
+    from rqvae.trainers.dry_run import dry_run
+
+    check(run, 1)
+    facts = dry_run(run)
+    table = Table("of", "part", "value", title=f"Stage {run.stage}, one image")
+    for name, shape in facts["shapes"].items():
+        table.add_row("shape", name, " x ".join(map(str, shape)))
+    for name, count in facts["parameters"].items():
+        table.add_row("parameters", name, f"{count['total']:,} ({count['trainable']:,} trainable)")
+    for name, value in facts["gflops_forward"].items():
+        table.add_row("forward of one image", name, f"{value:,.3f} GFLOP = {value / 2:,.3f} G multiply-adds")
+    for name, value in facts["memory_gib"].items():
+        table.add_row("memory", name, f"{value:,.3f} GiB")
+    Console().print(table)
+    if out:
+        out.write_text(json.dumps(facts, indent=1))
+    return 0
 
 
 def recon(arguments: Sequence[str]) -> int:

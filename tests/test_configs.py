@@ -117,3 +117,27 @@ def test_golden_losses(name: str, tmp_path: Path, cli) -> None:
         assert losses[key][0] == pytest.approx(values[0], rel=1e-4), key
         # a GAN amplifies rounding: other processors agree to 1e-2 after 20 steps
         assert losses[key] == pytest.approx(values, rel=2e-2, abs=2e-4), key
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_dry_run_of_every_config(path: Path, tmp_path: Path, cli, capfd) -> None:
+    assert cli("train", path, "--dry-run", "--json", tmp_path / "facts.json", "--save-dir", tmp_path / "s") == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    last = list(facts["shapes"].values())[-1]
+    assert last == facts["shapes"]["image"] or "logits" in facts["shapes"]
+    for part in facts["gflops_forward"]:
+        assert f"{facts['parameters'][part]['total']:,}" in capfd.readouterr().out or part != "stage2"
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_of_dit_xl_2_says_what_the_paper_says(tmp_path: Path, cli) -> None:
+    """675 M parameters and 118.6 G multiply-adds at 32 x 32 latents (Peebles & Xie 2023, tables 1 and 4)."""
+    line = ["train", "configs/imagenet256/stage2/dit_xl_1.yaml", "--dry-run", "--json", tmp_path / "facts.json"]
+    patch = "--stage2.init_args.backbone.init_args.patch"
+    f8 = ["--stage1.init_args.multipliers", "[1,2,4,4]", "--stage1.init_args.latent_channels", 4, patch, 2]
+    assert cli(*line, *f8) == 0
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["shapes"]["latent"] == [4, 32, 32]
+    assert facts["gflops_forward"]["stage2"] / 2 == pytest.approx(118.6, abs=0.1)
+    assert facts["parameters"]["stage2"]["total"] == pytest.approx(675e6, rel=2e-3)
+    assert facts["parameters"]["stage1"]["trainable"] == 0
