@@ -205,9 +205,13 @@ def test_stage2_on_other_stage1_weights(trained: Path, tmp_path: Path, cli, capf
 
 
 def test_disk_that_fills_in_mid_checkpoint(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the full disk: small files pass, the model's do not."""
+    """A limit on the size of files stands for the full disk: small files pass, the model's do not.
+
+    With loader workers, whom the failing trainer must not wait for.
+    """
     save = tmp_path / "s"
     line = ["-m", "rqvae", "train", STAGE1, "--save-dir", str(save), "--project", "p", "--run-name", "r"]
+    line += ["--data.workers", "2"]
     code = (
         "import resource, sys, runpy, rqvae.trainers.checkpoint as c\n"
         "whole = c.save\n"

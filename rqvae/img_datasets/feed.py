@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +62,12 @@ def check_batch(batch_size: int, accumulate: int, world_size: int) -> None:
 def _start_worker(_: int) -> None:
     """A loader worker computes on one thread and goes when its trainer goes.
 
-    Signals that reach the whole process group are the trainer's to answer: it still needs batches for its last step.
+    Signals that reach the whole process group are the trainer's to answer: it still needs batches for its last step. A
+    worker follows a SIGTERM half a minute later, as Python joins workers that it has terminated at its exit.
     """
     die_with_parent()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     torch.set_num_threads(1)
 
 
@@ -142,6 +143,11 @@ class Feed:
     ) -> None:
         self.accumulate = positions.accumulate
         self._batches = place(make_loader(stream, positions, workers, pin_memory))
+
+    def close(self) -> None:
+        """Send the loader's workers home."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
 
     def next_step(self) -> list[LabeledImageData]:
         """The micro-batches of the next optimizer step, on the device."""

@@ -87,6 +87,7 @@ class Trainer:
                 if not finished:
                     self.save()
             finally:
+                self.feed.close()
                 self.notify("on_fit_end")
         return finished
 
