@@ -292,7 +292,11 @@ def collect(arguments: Sequence[str]) -> int:
     from rqvae.games.collect import collect as record
 
     with tqdm(total=options.frames, desc=f"collect {options.env}", unit="frame") as bar:
-        meta = record(options.env, options.frames, options.size, options.out, seed=options.seed, progress=bar.update)
+
+        def count(new: int) -> None:
+            bar.update(new)
+
+        meta = record(options.env, options.frames, options.size, options.out, seed=options.seed, progress=count)
     sys.stdout.write(f"{options.out}: {meta['frames']} frames in {meta['episodes']} episodes\n")
     return 0
 
