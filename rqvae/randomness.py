@@ -29,19 +29,19 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 class Law(Protocol):
-    """A distribution: fills a shape with float32 numbers from a host generator."""
+    """A distribution: fills a shape with float32 numbers from a generator, on the generator's device."""
 
     def __call__(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor: ...
 
 
 def normal(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
     """Standard normal numbers, float32 (the same numbers whatever the precision of the run)."""
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, device=generator.device)
 
 
 def uniform(shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), float32."""
-    return torch.rand(shape, generator=generator)
+    return torch.rand(shape, generator=generator, device=generator.device)
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,8 @@ def fill(draws: Mapping[str, Draw], seed: int, sample_id: int) -> dict[str, Tens
         name: draw.law(draw.shape, generator=host.manual_seed(fold(seed, name, sample_id)))
         for name, draw in draws.items()
     }
+
+
+def fill_batch(draws: Mapping[str, Draw], batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The numbers of a whole batch from one generator, on its device: fast, but they belong to no sample."""
+    return {name: draw.law((batch_size, *draw.shape), generator=generator) for name, draw in draws.items()}

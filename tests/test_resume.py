@@ -176,3 +176,17 @@ def test_half_written_checkpoint_is_not_used(tmp_path: Path, cli) -> None:
     (newest / "COMPLETE").unlink()
     assert cli(*command(config, tmp_path / "cut", "--observers", SLOW)) == 0
     assert_same(tensors(only(tmp_path / "whole" / "p"), 20), tensors(run, 20))
+
+
+def test_noise_per_rank_resumes_exactly_too(tmp_path: Path, cli) -> None:
+    found = {}
+    for noise in ("per_rank", "per_sample"):
+        line = ["train", "configs/debug/stage2.yaml", "--project", "p", "--run-name", "r", "--train.noise", noise]
+        assert cli(*line, "--save-dir", tmp_path / noise) == 0
+        whole = only(tmp_path / noise / "p")
+        half = whole / "checkpoints" / "step_00000015"
+        assert cli(*line, "--save-dir", tmp_path / f"{noise} half", "--resume-ckpt", half) == 0
+        found[noise] = tensors(whole, 20)
+        assert_same(found[noise], tensors(only(tmp_path / f"{noise} half" / "p"), 20))
+    key = next(k for k in found["per_rank"] if k.startswith("model/stage2"))
+    assert not found["per_rank"][key].equal(found["per_sample"][key])

@@ -29,7 +29,7 @@ class Uniform(TimestepLaw):
 
     def __call__(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
         """See `TimestepLaw`."""
-        return torch.rand(shape, generator=generator).clamp_(_SMALLEST, _LARGEST)
+        return torch.rand(shape, generator=generator, device=generator.device).clamp_(_SMALLEST, _LARGEST)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LogitNormal(TimestepLaw):
 
     def __call__(self, shape: tuple[int, ...], *, generator: torch.Generator) -> Tensor:
         """See `TimestepLaw`."""
-        z = torch.randn(shape, generator=generator)
+        z = torch.randn(shape, generator=generator, device=generator.device)
         return torch.sigmoid(self.mean + self.std * z).clamp_(_SMALLEST, _LARGEST)
 
 

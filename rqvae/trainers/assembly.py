@@ -184,7 +184,7 @@ class TrainingJob:
             self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
-        stream.draws = parts.draws
+        stream.draws = parts.draws if self.run.train.noise == "per_sample" else {}
         meter = Meter(self.backend)
         state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)
         if choice.load:
@@ -265,6 +265,7 @@ class TrainingJob:
             checkpoints=run.checkpoint,
             observers=_observers(run, self.request, parts),
             interventions=run.interventions,
+            rank_draws=parts.draws if run.train.noise == "per_rank" else {},
         )
         try:
             finished = trainer.fit()

@@ -35,6 +35,10 @@ class TrainSettings:
         precision: fp32, bf16 (autocast; weights, EMA and optimizer state stay fp32) or fp64.
         accumulate: micro-batches of one optimizer step.
         log_every: how often a row is written to metrics.jsonl.
+        noise: per_sample keys every random number by the sample, so that a run does not depend on world size or
+            accumulation; per_rank draws on the device from one generator a rank, seeded by (seed, rank, step): for
+            large pixel models, where the host's numbers would be the bottleneck. It resumes exactly at the same world
+            size and accumulation only.
         channels_last: memory format of convolutional models.
         threads: OpenMP threads of a process, 0 to leave torch's choice.
         stop_check_seconds: how often the ranks agree on whether a signal asked one of them to stop.
@@ -45,6 +49,7 @@ class TrainSettings:
     precision: Precision = "fp32"
     accumulate: int = 1
     log_every: DurationText = "50 steps"
+    noise: Literal["per_sample", "per_rank"] = "per_sample"
     channels_last: bool = False
     threads: int = 0
     stop_check_seconds: float = 2.0

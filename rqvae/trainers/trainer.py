@@ -6,10 +6,11 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from rqvae.backends import Backend
@@ -19,7 +20,7 @@ from rqvae.errors import RunFailed
 from rqvae.img_datasets.feed import Feed
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.models.ema import EMA
-from rqvae.randomness import fold
+from rqvae.randomness import Draw, fill_batch, fold
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog
 from rqvae.trainers.meter import Meter
@@ -44,6 +45,7 @@ class Trainer:
         state: what is saved and loaded.
         session: signals, the run's folder and its lock.
         run_log: rank 0's log; None on other ranks.
+        rank_draws: numbers drawn here for whole batches, `train.noise: per_rank`; empty where the feed brings them.
     """
 
     backend: Backend
@@ -58,6 +60,7 @@ class Trainer:
     checkpoints: CheckpointSettings
     observers: Sequence[Observer] = ()
     interventions: Sequence[Intervention] = ()
+    rank_draws: Mapping[str, Draw] = field(default_factory=dict)
     meter: Meter = field(init=False)
     _row: dict[str, Tensor | float] = field(default_factory=dict, init=False)
 
@@ -93,7 +96,7 @@ class Trainer:
 
     def step(self) -> None:
         """One turn of the loop: images in, weights changed, time ticked, observers told, row and checkpoint if due."""
-        micros = self.feed.next_step()
+        micros = self._with_draws(self.feed.next_step())
         self.notify("before_step", micros)
         losses = self.optimise(micros)
         for ema in self.ema:
@@ -104,6 +107,13 @@ class Trainer:
         self.write_row()
         if self.clock.due(self._save_every):
             self.save()
+
+    def _with_draws(self, micros: list[LabeledImageData]) -> list[LabeledImageData]:
+        if not self.rank_draws:
+            return micros
+        seed = fold(self.train.seed, "rank", self.backend.rank, self.clock.step)
+        source = torch.Generator(device=self.backend.device).manual_seed(seed)
+        return [replace(micro, draws=fill_batch(self.rank_draws, len(micro), source)) for micro in micros]
 
     def optimise(self, micros: list[LabeledImageData]) -> dict[str, Tensor]:
         """One optimizer step of every update that has started."""
