@@ -180,8 +180,11 @@ def _dry_run(run: AnyRun, out: Path | None) -> int:
 
     from rqvae.trainers.assembly import check
     from rqvae.trainers.dry_run import dry_run
+    from rqvae.trainers.run_folder import make_folder
 
     check(run, 1)
+    if out:
+        make_folder(out.parent, "--json")
     facts = dry_run(run)
     table = Table("of", "part", "value", title=f"Stage {run.stage}, one image")
     for name, shape in facts["shapes"].items():
@@ -291,7 +294,7 @@ def collect(arguments: Sequence[str]) -> int:
 
     from rqvae.games.collect import collect as record
 
-    with tqdm(total=options.frames, desc=f"collect {options.env}", unit="frame") as bar:
+    with tqdm(total=options.frames, desc=f"collect {options.env}", unit="frame", delay=0.2) as bar:
 
         def count(new: int) -> None:
             bar.update(new)

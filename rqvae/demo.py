@@ -46,7 +46,9 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; returns the summary that is also written to summary.json."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        from rqvae.trainers.run_folder import make_folder
+
+        make_folder(self.root, "--out")
         times = self.root / "parts.json"
         self.parts = json.loads(times.read_text()) if times.exists() else {}
         frames = self.root / "frames"

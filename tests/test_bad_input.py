@@ -299,3 +299,22 @@ def test_inference_ignores_the_other_sections(trained: Path, tmp_path: Path, cli
     images = [[p.read_bytes() for p in sorted((tmp_path / n / "images").iterdir())] for n in ("one", "two")]
     assert images[0] == images[1]
     assert len(images[0]) == scores[0]["n"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["demo", "--out", "PLACE"],
+        ["train", STAGE1, "--dry-run", "--json", "PLACE/x.json"],
+        ["recon", STAGE1, "--save-dir", "PLACE", "--ckpt", "TRAINED"],
+        ["collect", "maze-chase", "--frames", 50, "--out", "PLACE"],
+    ],
+)
+def test_places_that_cannot_be_written(line: list, trained: Path, tmp_path: Path, cli, capfd) -> None:
+    (tmp_path / "file").write_text("")
+    words = {"PLACE": str(tmp_path / "file" / "below"), "TRAINED": str(trained)}
+    line = [str(word).replace("PLACE", words["PLACE"]).replace("TRAINED", words["TRAINED"]) for word in line]
+    assert cli(*line) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert [row.startswith("error: ") and words["PLACE"] in row for row in said.splitlines()] == [True]

@@ -25,6 +25,7 @@ from rqvae.randomness import generator, normal
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import as_pictures
 from rqvae.trainers.parts import on_main
+from rqvae.trainers.run_folder import make_folder
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _claim(request: SampleRequest, facts: dict[str, Any]) -> None:
     if note.exists() and (held := json.loads(note.read_text())) != json.loads(json.dumps(facts)):
         key = next(k for k in facts if held.get(k) != facts[k])
         raise BadInput(f"{request.parts}: holds parts made with {key} {held.get(key)}, not {facts[key]}; remove it")
-    request.parts.mkdir(parents=True, exist_ok=True)
+    make_folder(request.parts, "--out")
     note.write_text(json.dumps(facts))
 
 

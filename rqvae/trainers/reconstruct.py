@@ -24,6 +24,7 @@ from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, reconstruct
 from rqvae.trainers.logging import add_to_wandb
 from rqvae.trainers.parts import on_main
+from rqvae.trainers.run_folder import check_can_write, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,7 @@ def check_request(run: AnyRun, request: ReconRequest) -> None:
     if request.ckpt and request.resume_ckpt and Path(request.ckpt).resolve() != Path(request.resume_ckpt).resolve():
         raise BadInput(f"CKPT {request.ckpt} and RESUME_CKPT {request.resume_ckpt} differ: expected one checkpoint")
     run.stage1.latent_shape(run.data.make("test")[0].spec.image_shape)
-    nearest = request.folder
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not os.access(nearest, os.W_OK):
-        raise BadInput(f"SAVE_DIR {request.folder.parent}: expected a folder that can be written, {nearest} is not")
+    check_can_write(request.folder, "SAVE_DIR")
 
 
 def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> dict[str, float]:
@@ -100,8 +97,8 @@ def _claim(request: ReconRequest, facts: dict[str, str | None]) -> None:
     for key in ("stage1_sha256", "data"):
         if held[key] != facts[key]:
             raise BadInput(f"{request.folder}: holds reconstructions with {key} {held[key]}, expected {facts[key]}")
-    (request.folder / "images").mkdir(parents=True, exist_ok=True)
-    (request.folder / "grids").mkdir(exist_ok=True)
+    for part in ("images", "grids"):
+        make_folder(request.folder / part, "SAVE_DIR")
     note.write_text(json.dumps(facts))
 
 

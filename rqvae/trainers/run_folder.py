@@ -32,6 +32,23 @@ _PLACE_KEYS = {
 }
 
 
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder and its parents; BadInput, with `what` it is for, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{what} {folder}: expected a folder that can be made, got: {error.strerror}") from error
+
+
+def check_can_write(folder: Path, what: str) -> None:
+    """BadInput unless `folder`, or the nearest one above it that exists, can be written. Makes nothing."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise BadInput(f"{what} {folder}: expected a folder that can be written, {nearest} is not")
+
+
 @dataclass(frozen=True)
 class RunPlace:
     """Where a run lives: `save_dir/project/run_name_TIME`."""
@@ -52,11 +69,7 @@ class RunPlace:
         for name in (self.project, self.run_name):
             if not name or "/" in name:
                 raise BadInput(f"PROJECT and RUN_NAME: expected names without /, got {name!r}")
-        nearest = self.parent
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise BadInput(f"SAVE_DIR {self.save_dir}: expected a folder that can be written, {nearest} is not")
+        check_can_write(self.parent, "SAVE_DIR")
 
     def earlier(self) -> list[Path]:
         """Runs of this name, newest first."""
@@ -118,7 +131,7 @@ def is_finished(folder: Path) -> bool:
 
 def write_new(folder: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
     """Make a run's folder with its resolved config and environment."""
-    folder.mkdir(parents=True)
+    make_folder(folder, "SAVE_DIR")
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment, indent=1))
 
