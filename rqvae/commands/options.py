@@ -1,0 +1,67 @@
+"""What the commands' options share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rqvae.errors import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are BadInput, and whose options may be spelt with _ or -."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise BadInput(f"{self.prog}: {message}")
+
+    def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """This command's own arguments, and the config overrides (`--train.steps 20`, `--train.steps=20`)."""
+        own: list[str] = []
+        overrides: list[str] = []
+        tokens = [t for t in arguments if t != "--"]
+        while tokens:
+            token = tokens.pop(0)
+            name, equals, value = token.partition("=")
+            known = name.replace("_", "-") if name.startswith("--") else name
+            if not name.startswith("--") or known in self._option_string_actions:
+                own.append(known + equals + value if name.startswith("--") else token)
+                action = self._option_string_actions.get(known)
+                if action is not None and action.nargs != 0 and not equals and tokens:
+                    own.append(tokens.pop(0))
+                continue
+            overrides.append(token)
+            if not equals and tokens and not tokens[0].startswith("--"):
+                overrides.append(tokens.pop(0))
+        return self.parse_args(own), overrides
+
+
+def yes(text: str) -> bool:
+    """The value of True or False, as the shell scripts spell them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text}")
+    return text.lower() == "true"
+
+
+def add_job_options(parser: Parser) -> None:
+    """What every command on a config takes."""
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files, later ones over earlier ones")
+    parser.add_argument("--config", action="append", default=[], help="the same as CONFIG")
+    parser.add_argument("--save-dir", default="runs", metavar="SAVE_DIR", help="folder of all runs")
+    parser.add_argument("--run-name", metavar="RUN_NAME", help="name of the run; the first config's name by default")
+    parser.add_argument("--world-size", type=int, default=1, help="processes on this host")
+    parser.add_argument("--resume-ckpt", help="run or checkpoint folder to start from, with its full state")
+    parser.add_argument("--resume-wandb-id", help="Weights & Biases id to go on with")
+    parser.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+
+
+def config_files(options: argparse.Namespace) -> list[str]:
+    """CONFIG and --config, in order."""
+    return [*options.configs, *options.config]
+
+
+def check_world_size(options: argparse.Namespace) -> int:
+    """--world-size; BadInput where it is below 1."""
+    if options.world_size < 1:
+        raise BadInput(f"WORLD_SIZE: expected at least 1, got {options.world_size}")
+    return options.world_size
