@@ -137,6 +137,58 @@ class ActionEmbedding(nn.Module):
         return self.table(index_bk).sum(1)
 
 
+class ConditionTokens(nn.Module):
+    """Conditions as tokens for cross-attention: one for a class, one for each action of the history.
+
+    Each history slot has vectors of its own. Missing history (mask False) gets no attention, so a token that is always
+    visible stands beside the actions: a softmax over nothing is NaN.
+
+    Args:
+        data_spec: what the conditions are.
+        width: D, of the tokens.
+
+    Raises:
+        BadInput: data without classes and actions, or with both.
+    """
+
+    slot_k: Tensor
+
+    def __init__(self, data_spec: DataSpec, width: int) -> None:
+        super().__init__()
+        if bool(data_spec.num_classes) == bool(data_spec.num_actions):
+            raise BadInput(
+                f"data: expected classes or actions for the cross-attention, got num_classes {data_spec.num_classes}, "
+                f"num_actions {data_spec.num_actions}"
+            )
+        self.data_spec = data_spec
+        slots = data_spec.history if data_spec.num_actions else 1
+        count = (data_spec.num_actions or data_spec.num_classes) + 1
+        self.table = nn.Embedding(slots * count, width)
+        self.register_buffer("slot_k", torch.arange(slots) * count, persistent=False)
+        self.always = nn.Parameter(torch.randn(1, 1, width)) if data_spec.num_actions else None
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+
+    def forward(self, condition: Condition | None) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) tokens, and (B, L) bool which of them are visible, None where all are.
+
+        Raises:
+            BadInput: another kind of condition than the data's.
+        """
+        spec = self.data_spec
+        if self.always is None:
+            if not isinstance(condition, ClassCondition) or condition.num_classes != spec.num_classes:
+                raise BadInput(
+                    f"condition: expected ClassCondition of {spec.num_classes} classes, got {_name(condition)}"
+                )
+            return self.norm(self.table(condition.label[:, None])), None
+        if not isinstance(condition, ActionCondition) or condition.num_actions != spec.num_actions:
+            raise BadInput(f"condition: expected ActionCondition of {spec.num_actions} actions, got {_name(condition)}")
+        tokens_bkd = self.table(condition.actions + self.slot_k)
+        tokens_bld = torch.cat((self.always.expand(len(tokens_bkd), -1, -1), tokens_bkd), dim=1)
+        visible_bl = F.pad(condition.mask, (1, 0), value=True)
+        return self.norm(tokens_bld), visible_bl
+
+
 def condition_embedding(data_spec: DataSpec, width: int) -> nn.Module | None:
     """The embedding of the data's conditions as one vector (B, width); None for data without conditions.
 
