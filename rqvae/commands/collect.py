@@ -15,6 +15,8 @@ def parser() -> Parser:
     own.add_argument("env", help="maze-chase")
     own.add_argument("--frames", type=int, default=20000)
     own.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
+    own.add_argument("--policy", default="persistent-random", help="persistent-random, forager or mixed")
+    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
     own.add_argument("--seed", type=int, default=0)
     own.add_argument("--out", required=True, type=Path, metavar="DIR")
     return own
@@ -33,6 +35,15 @@ def run(arguments: Sequence[str]) -> int:
         def count(new: int) -> None:
             bar.update(new)
 
-        meta = record(options.env, options.frames, options.size, options.out, seed=options.seed, progress=count)
+        meta = record(
+            options.env,
+            options.frames,
+            options.size,
+            options.out,
+            seed=options.seed,
+            policy=options.policy,
+            num_ghosts=options.ghosts,
+            progress=count,
+        )
     sys.stdout.write(f"{options.out}: {meta['frames']} frames in {meta['episodes']} episodes\n")
     return 0

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
-from rqvae.games.policies import PersistentRandom
+from rqvae.games.policies import POLICIES, Playable
 from rqvae.randomness import fold
 
 SCHEMA = 1
@@ -28,7 +28,7 @@ META = "meta.json"
 LICENCE = "Frames of MAE-DiT's own game, drawn by its code; free to use under Apache-2.0 like the code."
 
 
-class Game(Protocol):
+class Game(Playable, Protocol):
     """What can be recorded."""
 
     action_names: tuple[str, ...]
@@ -39,9 +39,6 @@ class Game(Protocol):
 
     def step(self, action: int) -> tuple[npt.NDArray[np.uint8], float, bool, bool]:
         """Play a step; returns frame, reward, terminated, truncated."""
-
-    def is_safe(self, action: int) -> bool:
-        """Whether `action` cannot end the episode at once."""
 
 
 GAMES: dict[str, Callable[[int, int, int], Game]] = {"maze-chase": MazeChase}
@@ -79,24 +76,26 @@ def collect(
     out: Path,
     *,
     seed: int = 0,
+    policy: str = "persistent-random",
     num_ghosts: int = 1,
     max_steps: int = 400,
     shard_frames: int = 10_000,
     progress: Callable[[int], None] = _no_progress,
 ) -> dict[str, Any]:
-    """Record `frames` frames of a game into `out`, or reuse the same recording that is already there.
+    """Record frames of a game, or reuse the same recording that is already there.
 
     Each shard is an npz with `frames` uint8 (N, size, size, 3), `action` int16 (N,) taken at that frame, `reward`
     float32 (N,) and `done` bool (N,) that this action gave, and `episode` int32 (N,). The frame after an episode's last
-    action is not recorded. Episode k is `reset(fold(seed, "episode", k))` played by a `PersistentRandom` seeded with
+    action is not recorded. Episode k is `reset(fold(seed, "episode", k))` played by the policy seeded with
     `fold(seed, "policy", k)`; the last one is cut where the budget ends.
 
     Args:
         env_name: a key of `GAMES`.
         frames: how many frames in all, at least 1.
         size: side of a frame in pixels.
-        out: folder, made if needed.
+        out: folder.
         seed: of the recording.
+        policy: a key of `POLICIES`.
         num_ghosts: ghosts in the maze.
         max_steps: longest episode.
         shard_frames: a shard is closed at the end of the episode that fills it.
@@ -110,13 +109,15 @@ def collect(
             written, or one that holds a recording with other parameters.
     """
     game = _game(env_name, frames, size, num_ghosts, max_steps, shard_frames)
+    if policy not in POLICIES:
+        raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
     parameters = {
         "schema": SCHEMA,
         "env": env_name,
         "env_version": game.version,
         "size": size,
         "frames": frames,
-        "seed": seed,
+        **{"seed": seed, "policy": policy},
         "num_ghosts": num_ghosts,
         "max_steps": max_steps,
         "shard_frames": shard_frames,
@@ -127,7 +128,7 @@ def collect(
         return ready
     for old in (out / META, *_own_files(out)):
         old.unlink(missing_ok=True)
-    return _write(out, game, parameters, _record(game, frames, seed, shard_frames, progress))
+    return _write(out, game, parameters, _record(game, parameters, progress))
 
 
 def _write(out: Path, game: Game, parameters: dict[str, Any], recording: Iterator[_Episodes]) -> dict[str, Any]:
@@ -156,28 +157,27 @@ def _game(env_name: str, frames: int, size: int, num_ghosts: int, max_steps: int
     return GAMES[env_name](size, num_ghosts, max_steps)
 
 
-def _record(
-    game: Game, frames: int, seed: int, shard_frames: int, progress: Callable[[int], None]
-) -> Iterator[_Episodes]:
-    """Play until `frames` frames are recorded; gives the rows of one shard at a time."""
-    rows, left, k = _Episodes(), frames, 0
+def _record(game: Game, parameters: dict[str, Any], progress: Callable[[int], None]) -> Iterator[_Episodes]:
+    """Play until all frames are recorded; gives the rows of one shard at a time."""
+    rows, left, k = _Episodes(), parameters["frames"], 0
     while left:
         before = len(rows.frames)
-        _play(game, seed, k, left, rows)
+        _play(game, parameters, k, left, rows)
         new = len(rows.frames) - before
         left, k = left - new, k + 1
         progress(new)
-        if len(rows.frames) >= shard_frames or not left:
+        if len(rows.frames) >= parameters["shard_frames"] or not left:
             yield rows
             rows = _Episodes()
 
 
-def _play(game: Game, seed: int, k: int, limit: int, rows: _Episodes) -> None:
+def _play(game: Game, parameters: dict[str, Any], k: int, limit: int, rows: _Episodes) -> None:
     """Append episode k, or its first `limit` frames, to `rows`."""
+    seed = parameters["seed"]
     frame = game.reset(fold(seed, "episode", k))
-    policy = PersistentRandom(len(game.action_names), fold(seed, "policy", k))
+    policy = POLICIES[parameters["policy"]](len(game.action_names), fold(seed, "policy", k))
     for _ in range(limit):
-        action = policy.act(game.is_safe)
+        action = policy.act(game)
         rows.frames.append(frame)
         frame, reward, terminated, truncated = game.step(action)
         rows.action.append(action)
