@@ -1,13 +1,15 @@
 # make setup    the environment in .venv (everything that the tests need)
 # make demo     record, train both stages, sample, score, report: runs/demo/report/index.html
 # make test     what CI runs, under 15 minutes on 2 cores
+# make coverage what the tests run of rqvae/
+# make docs     renew docs/configuration.md and docs/cli.md from the code; make site: all pages as HTML in build/site
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 # Spinning OpenMP threads make a step 10 x slower when the cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-all lint figures clean
+.PHONY: setup demo test test-all coverage lint docs site figures clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt pyproject.toml
@@ -29,6 +31,16 @@ test: lint
 
 test-all: lint
 	$(PY) -m pytest -n 2
+
+# Which lines of rqvae/ the tests run, those of processes that they start included; fails below 90 %.
+coverage: setup
+	$(PY) -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
+
+docs: setup
+	$(PY) -m docs.generate
+
+site: docs
+	$(PY) -m mkdocs build --strict -f docs/mkdocs/mkdocs.yml
 
 figures: setup
 	$(PY) -m benchmarks.figures $(ISSUE)

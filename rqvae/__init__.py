@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rqvae.api import Pipeline, load
+    from rqvae.api import Pipeline, Run, grid, load
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "load"]
+__all__ = ["Pipeline", "Run", "grid", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,19 +7,22 @@ import difflib
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from rqvae.contracts import check_factories
 from rqvae.errors import BadInput
 from rqvae.randomness import fold
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
 
+T = TypeVar("T")
 INFERENCE_SECTIONS = ("data", "stage1", "stage1_checkpoint", "connector", "stage2")
 
 
@@ -109,11 +112,49 @@ def read(files: Sequence[str | Path], overrides: Sequence[str] = (), *, inferenc
         texts = {f: {k: v for k, v in text.items() if k in INFERENCE_SECTIONS} for f, text in texts.items()}
     schema = Stage2Run if any("stage2" in text for text in texts.values()) else Stage1Run
     try:
+        for file, text in texts.items():
+            check_factories(text, file)
         parsed = _parse(schema, list(texts.values()), overrides)
+        resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_unset=False))
+        check_factories(resolved, "command line")
     except ArgumentError as error:
         raise BadInput(_explain(schema, texts, str(error))) from error
-    resolved = yaml.safe_load(_parser(schema).dump(parsed, skip_unset=False))
+    except Exception as error:
+        if (place := _import_failed_at(error)) is None:
+            raise
+        raise BadInput(f"{', '.join(texts)}: {place}: {type(error).__name__}: {_one_line(str(error))}") from error
     return Configuration(schema, parsed, resolved, texts, tuple(overrides))
+
+
+def build(schema: type[T], values: dict[str, Any], where: str) -> T:
+    """An object of any dataclass from plain values, checked as a config is.
+
+    Args:
+        schema: the dataclass, for example of an exported model's parts.
+        values: `class_path` and `init_args` of its fields.
+        where: the file, for errors.
+
+    Raises:
+        BadInput: one line, `FILE: key: what was expected, what came`.
+    """
+    try:
+        parsed = _parse(schema, [values], [])
+    except ArgumentError as error:
+        raise BadInput(_explain(schema, {where: values}, str(error))) from error
+    try:
+        return schema(**vars(_parser(schema).instantiate(parsed)))
+    except (ValueError, TypeError, ArgumentError) as error:
+        raise BadInput(f"{where}: {_one_line(str(error))}") from error
+
+
+def _import_failed_at(error: BaseException) -> str | None:
+    """FILE:LINE of the foreign module that raised `error` while it was imported; None for any other error."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parent)
+    at = [f"{f.filename}:{f.lineno}" for f in frames if f.name == "<module>" and not f.filename.startswith((own, "<"))]
+    return at[-1] if at else None
 
 
 def _load(file: str) -> dict[str, Any]:
@@ -172,8 +213,7 @@ def _one_line(message: str) -> str:
     text = " ".join(message.split())
     text = re.sub(r"^Parser key \"([\w.\[\]]+)\":? ?", r"\1: ", text)
     text = re.sub(r"Problem with given class_path '([\w.]+)': ", r"\1: ", text)
-    union = re.search(r"Does not validate against any of the Union subtypes.*? Errors: - \S+: (.*?) - Expected", text)
-    if union:
+    if union := re.search(r"not validate against any of the Union.*? Errors: - (?:[\w.]+: )?(.*?) - Expected", text):
         text = text[: union.start()] + union[1]
     text = re.sub(r"Type \S.*? expects a function or a callable class: ", "", text)
     text = re.sub(r"\.? Got value: Namespace.*", "", text)
@@ -183,11 +223,13 @@ def _one_line(message: str) -> str:
 
 
 def _names_near(schema: type, message: str) -> str:
-    """`; did you mean X?` for a name that is close to a known one."""
+    """`; did you mean X?` for a name that is close to a known one, or where modules are looked for."""
+    if "No module named" in message:
+        return f" (modules are looked for in {Path.cwd()} and on PYTHONPATH)"
     wrong = re.findall(
         r"(?:[Oo]ption|[Kk]ey|argument)s?:? '?\"?(?:--)?([\w.]+?)'?\"?(?= is not|;|:? not|\.?$| )", message
     )
-    wrong += re.findall(r"Unrecognized arguments: --([\w.]+)", message)
+    wrong += re.findall(r"[Uu]nrecognized arguments: --([\w.]+)", message)
     classes = [c for c in map(_find, re.findall(r"'((?:\w+\.)+\w+)'", message)) if inspect.isclass(c)]
     known = {name for c in classes for name in inspect.signature(c.__init__).parameters} or _all_keys(schema)
     for name in wrong:

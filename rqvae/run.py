@@ -14,6 +14,7 @@ from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import DataSpec, LabeledImageDataset, LatentShape, Split, Transform
 from rqvae.img_datasets.transforms import TestTransform, TrainTransform, ValTransform
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
+from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.trainers.settings import (
     CheckpointSettings,
     EmaSettings,
@@ -38,6 +39,8 @@ class DataSettings:
         val_transform: the same of the validation split.
         test_transform: the same of the test split; never an augmentation.
         workers: loader processes of each rank.
+        latents: folder of a latent cache (`python -m rqvae cache-latents`), from which Stage2 is trained in place of
+            the train split's images; null encodes the images.
     """
 
     dataset: Callable[[Split], LabeledImageDataset]
@@ -46,6 +49,7 @@ class DataSettings:
     val_transform: MakeTransform = ValTransform
     test_transform: MakeTransform = TestTransform
     workers: int = 4
+    latents: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
@@ -136,6 +140,7 @@ class Stage1Run:
         stage1: the autoencoder.
         lpips: perceptual loss; null is without.
         gan: adversarial loss; null is without.
+        losses: more terms of the autoencoder's total, by class_path.
         updates: optimizers.
         train: length, precision, seed.
         ema: running averages of the autoencoder.
@@ -143,6 +148,8 @@ class Stage1Run:
         logging: mirrors of the log.
         pictures: grids of reconstructions.
         online_eval: scores on the validation split while training.
+        profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
+            operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
         observers: more observers, by class_path.
         interventions: by class_path.
     """
@@ -151,6 +158,7 @@ class Stage1Run:
     stage1: Stage1Model
     lpips: LpipsSettings | None = None
     gan: GanSettings | None = None
+    losses: list[ImageLoss] = field(default_factory=list)
     updates: Stage1Updates = field(default_factory=Stage1Updates)
     train: TrainSettings = field(default_factory=TrainSettings)
     ema: EmaSettings = field(default_factory=EmaSettings)
@@ -158,10 +166,16 @@ class Stage1Run:
     logging: LogSettings = field(default_factory=LogSettings)
     pictures: PictureSettings = field(default_factory=PictureSettings)
     online_eval: OnlineEvalSettings = field(default_factory=OnlineEvalSettings)
+    profile: str | None = None
     observers: list[Observer] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)
 
     stage = 1
+
+    def __post_init__(self) -> None:
+        names = [loss.name for loss in self.losses]
+        if len(set(names)) < len(names):
+            raise BadInput(f"losses: expected different names, got {names}")
 
 
 @dataclass(frozen=True)
@@ -181,6 +195,8 @@ class Stage2Run:
         logging: mirrors of the log.
         pictures: grids of samples.
         online_eval: scores while training; off for a generator until asked for.
+        profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
+            operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
         observers: more observers, by class_path.
         interventions: by class_path.
     """
@@ -197,6 +213,7 @@ class Stage2Run:
     logging: LogSettings = field(default_factory=LogSettings)
     pictures: PictureSettings = field(default_factory=PictureSettings)
     online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None))
+    profile: str | None = None
     observers: list[Observer] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)
 

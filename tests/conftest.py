@@ -60,7 +60,8 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 def without_times(run: Path) -> list[dict[str, float]]:
     """The rows without what a clock on the wall says."""
-    return [{k: v for k, v in row.items() if k not in ("time", "train/images_per_s")} for row in rows(run)]
+    clock = ("time", "train/images_per_s", "train/images_per_s_device", "train/tflops_per_s_device", "train/mfu")
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows(run)]
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:

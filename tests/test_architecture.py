@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rqvae"
-LEAVES = {"errors", "randomness", "processes", "durations"}
+LEAVES = {"contracts", "errors", "randomness", "processes", "durations", "weight_files", "lpips_network"}
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": set(),
     "backends": set(),

@@ -74,7 +74,7 @@ def yaml(folder: Path, text: str) -> Path:
 def test_config_mistakes(text: str, expected: str, tmp_path: Path, cli, capfd, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no_weights"))
     unreachable = {"vgg": "http://127.0.0.1:9/vgg16-397923af.pth"}
-    monkeypatch.setattr("rqvae.models.losses.lpips.TRUNK_URLS", unreachable)
+    monkeypatch.setattr("rqvae.lpips_network.TRUNK_URLS", unreachable)
     bad = yaml(tmp_path, text)
     line = refused(cli, capfd, tmp_path / "save", STAGE1, bad)
     assert re.search(expected, line), line

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from rqvae.configuration import read
+from rqvae.games.collect import collect
 from rqvae.run import Stage1Run
 from rqvae.trainers.assembly import check
 from rqvae.trainers.stage2_trainer import make_two_stage
@@ -20,8 +21,11 @@ CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def eighth(config: dict) -> dict:
-    """The config at an eighth of its width on embedded photos, from step 0 of every update, weight decay 0."""
+def eighth(config: dict, frames: Path) -> dict:
+    """The config at an eighth of its width on embedded photos, from step 0 of every update, weight decay 0.
+
+    A model that continues frames has them from the recording in `frames`.
+    """
     small = {
         "train": {"steps": 4, "log_every": 1, "precision": "fp32", "accumulate": 1},
         "data": {
@@ -36,7 +40,11 @@ def eighth(config: dict) -> dict:
         "pictures": {"every": None},
         "online_eval": {"every": None},
     }
+    dataset = config["data"]["dataset"]
     config["data"] |= small.pop("data")
+    if dataset["init_args"].get("context"):
+        collect("maze-chase", 400, 32, frames)
+        config["data"]["dataset"] = {**dataset, "init_args": {**dataset["init_args"], "root": str(frames)}}
     config |= {k: {**config.get(k, {}), **v} for k, v in small.items()}
     for update in config.get("updates", {}).values():
         update |= {"weight_decay": 0.0, "schedule": {"class_path": "rqvae.trainers.schedules.Constant"}, "lr": 1e-3}
@@ -69,7 +77,7 @@ def narrow(backbone: dict) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_config_trains_and_moves_every_tensor(path: Path, tmp_path: Path, cli) -> None:
-    config = eighth(yaml.safe_load(path.read_text()))
+    config = eighth(yaml.safe_load(path.read_text()), tmp_path / "frames")
     config["checkpoint"] = {"every": 1, "keep_last": 9}
     if "stage2" in config and config["stage1"]["class_path"].endswith("KLVAE"):
         stage1 = {k: v for k, v in config.items() if k in ("data", "stage1", "train", "logging", "pictures")}

@@ -11,10 +11,11 @@ from rqvae.backends.cuda import CudaBackend
 from rqvae.backends.eager import EagerBackend
 from rqvae.backends.interfaces import Backend, Precision
 from rqvae.backends.launch import in_job, launch
+from rqvae.backends.scaling import LossScaler
 from rqvae.errors import BadInput
 from rqvae.processes import leave_with_parent
 
-__all__ = ["Backend", "Precision", "choose", "create", "in_job", "launch"]
+__all__ = ["Backend", "LossScaler", "Precision", "choose", "create", "in_job", "launch"]
 
 _BACKENDS: dict[str, type[EagerBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from torch.profiler import ProfilerActivity
 
 from rqvae.backends.eager import EagerBackend
 from rqvae.errors import BadInput
+
+MEMORY_EVENTS = 100_000
+"""Allocations and frees that a memory history holds; the oldest are dropped."""
 
 
 class CudaBackend(EagerBackend):
@@ -15,6 +21,21 @@ class CudaBackend(EagerBackend):
     device_type = "cuda"
     process_group = "nccl"
     pin_memory = True
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+    def record_memory(self) -> None:
+        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+
+    def write_memory(self, path: Path) -> bool:
+        torch.cuda.memory._dump_snapshot(str(path))
+        torch.cuda.memory._record_memory_history(enabled=None)
+        return True
 
     def choose_device(self, local_rank: int) -> torch.device:
         if not torch.cuda.is_available():

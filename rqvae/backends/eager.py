@@ -5,26 +5,34 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity
 
+from rqvae.backends.compiling import compile_in_place
+from rqvae.backends.guarded import step_if_finite
 from rqvae.backends.interfaces import Movable, Precision, ReduceOp
+from rqvae.backends.peaks import peak_tflops
+from rqvae.backends.scaling import LossScaler
 
 T = TypeVar("T")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
+_COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EagerBackend:
     """A process of a cpu, cuda or hpu job. Joins the group that the launcher's environment describes.
 
     Args:
-        precision: fp32, bf16 (autocast; weights fp32) or fp64.
+        precision: fp32, bf16 or fp16 (autocast; weights fp32; fp16 with a scaled loss), or fp64.
         threads: OpenMP threads of this process, 0 to leave torch's choice.
         timeout: seconds after which a collective that a rank never joins is an error.
     """
@@ -33,6 +41,7 @@ class EagerBackend:
     device_type: str
     process_group: str
     pin_memory = False
+    compiler = "inductor"
 
     def __init__(self, precision: Precision = "fp32", threads: int = 0, timeout: float = 600.0) -> None:
         self.precision: Precision = precision
@@ -48,6 +57,25 @@ class EagerBackend:
         """This process's device."""
         return torch.device(self.device_type, local_rank)
 
+    def compile(self, block: nn.Module) -> None:
+        compile_in_place(block, self.compiler)
+
+    @property
+    def device_name(self) -> str:
+        return platform.processor() or platform.machine()
+
+    def peak_tflops(self) -> float | None:
+        return peak_tflops(self.device_name, self.precision)
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        return [ProfilerActivity.CPU]
+
+    def record_memory(self) -> None:
+        """Nothing: the host's allocator keeps no history; the profiler's own events tell what it gave."""
+
+    def write_memory(self, path: Path) -> bool:  # noqa: ARG002
+        return False
+
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
@@ -55,7 +83,8 @@ class EagerBackend:
         return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        compute = _COMPUTE.get(self.precision)
+        return torch.autocast(self.device_type, dtype=compute, enabled=compute is not None)
 
     def feed(self, batches: Iterable[Movable]) -> Iterator[Any]:
         for batch in batches:
@@ -66,18 +95,34 @@ class EagerBackend:
             return contextlib.nullcontext()
         return module.no_sync()
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+    def loss_scaler(self) -> LossScaler | None:
+        return LossScaler(self.device_type) if self.precision == "fp16" else None
+
+    def backward(self, loss: Tensor, scaler: LossScaler | None = None) -> None:
+        (scaler.scale(loss) if scaler else loss).backward()
 
     def reduce(self, params: Sequence[nn.Parameter]) -> None:
         """The last backward did it."""
 
-    def step(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], *, clip: float | None) -> Tensor:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Sequence[nn.Parameter],
+        *,
+        clip: float | None,
+        scaler: LossScaler | None = None,
+        only_finite: bool = False,
+    ) -> Tensor:
         if clip is None:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         else:
             norm = nn.utils.clip_grad_norm_(params, clip)
-        optimizer.step()
+        if scaler:
+            norm = scaler.step(optimizer, norm)
+        elif only_finite:
+            step_if_finite(optimizer, norm)
+        else:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+
+from rqvae.backends.scaling import LossScaler
 
 T = TypeVar("T")
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 ReduceOp = Literal["sum", "mean", "max"]
 
 
@@ -36,12 +40,43 @@ class Backend(Protocol):
     world_size: int
     pin_memory: bool
 
+    @property
+    def device_name(self) -> str:
+        """What the device's driver, or the host, calls it."""
+        ...
+
+    def peak_tflops(self) -> float | None:
+        """Dense peak of the device at the run's precision, in TFLOP/s; None where it is not known."""
+        ...
+
+    def profiler_activities(self) -> list[ProfilerActivity]:
+        """What `torch.profiler` records of this device, the host included."""
+        ...
+
+    def record_memory(self) -> None:
+        """Begin a history of allocations, where the device keeps one."""
+        ...
+
+    def write_memory(self, path: Path) -> bool:
+        """End the history and write it as a pickled snapshot; False, and no file, where the device keeps none."""
+        ...
+
+    def compile(self, block: nn.Module) -> None:
+        """Compile a block of a network in place, at its next call, as one graph.
+
+        Call it after moving the weights to the device and before `wrap`.
+
+        Raises:
+            BadInput: the device has no compiler.
+        """
+        ...
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """Make the ranks' weights equal (rank 0's) and return the module whose backward averages gradients."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 compute where the precision asks for it; weights, EMA and optimizer state keep their type."""
+        """bf16 or fp16 compute where the precision asks for it; weights, EMA and optimizer state keep their type."""
         ...
 
     def feed(self, batches: Iterable[Movable]) -> Iterator[Any]:
@@ -55,16 +90,36 @@ class Backend(Protocol):
         """
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradients to the parameters."""
+    def loss_scaler(self) -> LossScaler | None:
+        """The scale of one update's loss where the precision needs one (fp16), else None."""
+        ...
+
+    def backward(self, loss: Tensor, scaler: LossScaler | None = None) -> None:
+        """Add the loss's gradients, times the scale where there is one, to the parameters."""
         ...
 
     def reduce(self, params: Sequence[nn.Parameter]) -> None:
         """Gradients are the global mean from here on. Nothing to do where the last backward did it."""
         ...
 
-    def step(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter], *, clip: float | None) -> Tensor:
-        """Clip (after reduce), update, clear the gradients; the gradient norm before clipping, on the device."""
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        params: Sequence[nn.Parameter],
+        *,
+        clip: float | None,
+        scaler: LossScaler | None = None,
+        only_finite: bool = False,
+    ) -> Tensor:
+        """Clip (after reduce), update, clear the gradients; the gradient norm before clipping, on the device.
+
+        Args:
+            optimizer: whose gradients are reduced, and unscaled where there is a scaler.
+            params: its parameters.
+            clip: largest norm; None does not clip.
+            scaler: that of the losses; it skips the update where their gradients overflowed.
+            only_finite: leave weights and optimizer as they are where the norm is not finite; decided on the device.
+        """
         ...
 
     def mark_step(self) -> None:

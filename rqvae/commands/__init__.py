@@ -9,7 +9,13 @@ COMMANDS: dict[str, str] = {
     "train": "train a Stage1 autoencoder, or a Stage2 generator on its latents",
     "recon": "reconstruct the test split: images, grids, scores",
     "sample": "generate images with a trained Stage2 run",
+    "ema": "put together an average of another length from a run's snapshots",
+    "cache-latents": "write Stage1's latents of a split to disk, for training Stage2 on them",
+    "export": "write a trained model as a folder that loads anywhere, or that diffusers loads",
+    "report": "one page on one or several runs: curves, values, pictures, differences",
     "collect": "record game frames with a scripted policy",
+    "rollout": "evaluate a world model: one step, rollouts, control, persistence",
+    "play": "play inside a world model in the browser",
     "demo": "record, train both stages, sample, score and report in one go",
 }
 """Name and one line of each; command `cache-latents` is in `cache_latents.py`."""

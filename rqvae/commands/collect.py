@@ -13,12 +13,12 @@ def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae collect", description=__doc__)
     own.add_argument("env", help="maze-chase")
-    own.add_argument("--frames", type=int, default=20000)
+    own.add_argument("--frames", type=int, default=20000, help="frames of all episodes together")
     own.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
     own.add_argument("--policy", default="persistent-random", help="persistent-random, forager or mixed")
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
-    own.add_argument("--seed", type=int, default=0)
-    own.add_argument("--out", required=True, type=Path, metavar="DIR")
+    own.add_argument("--seed", type=int, default=0, help="of the mazes and of the policy")
+    own.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the recording")
     return own
 
 

@@ -12,7 +12,7 @@ from rqvae.commands.options import Parser
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae demo", description=__doc__)
-    own.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    own.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of all that it makes")
     # at this size a second OpenMP thread costs more than it gives: 9.5 it/s against 14 with one
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads of each part")
     own.add_argument("--frames", type=int, default=20_000, help="frames to record")

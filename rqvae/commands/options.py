@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rqvae.errors import BadInput
 
@@ -65,3 +66,21 @@ def check_world_size(options: argparse.Namespace) -> int:
     if options.world_size < 1:
         raise BadInput(f"WORLD_SIZE: expected at least 1, got {options.world_size}")
     return options.world_size
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The value of an option that takes whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,3, got {text}") from None
+
+
+def find_solver(name: str | None) -> Callable[..., Any] | None:
+    """--solver; BadInput where `rqvae.diffusion.solvers` has none of that name."""
+    from rqvae.diffusion import solvers
+
+    solver = getattr(solvers, name, None) if name else None
+    if name and solver is None:
+        raise BadInput(f"--solver: expected a function of rqvae.diffusion.solvers, got {name}")
+    return solver

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, check_world_size
+from rqvae.commands.options import Parser, check_world_size, find_solver, numbers
 from rqvae.errors import BadInput
+
+if TYPE_CHECKING:
+    from rqvae.api import Pipeline
 
 
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae sample", description=__doc__)
-    own.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    own.add_argument("--num", type=int, default=64)
-    own.add_argument("--class", dest="labels", type=_numbers, default=(), metavar="K[,K...]", help="classes in turn")
+    own.add_argument("run", metavar="RUN", help="run, checkpoint or exported folder, shipped name, or hub id")
+    own.add_argument("--num", type=int, default=64, help="how many images")
+    own.add_argument("--class", dest="labels", type=numbers, default=(), metavar="K[,K...]", help="classes in turn")
     own.add_argument("--steps", type=int, help="solver steps; the run's own by default")
     own.add_argument("--cfg", type=float, help="scale of classifier-free guidance; the run's own by default")
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
-    own.add_argument("--seed", type=int, default=0)
-    own.add_argument("--batch-size", type=int, default=64)
-    own.add_argument("--out", type=Path, required=True, metavar="DIR|FILE.npz")
-    own.add_argument("--world-size", type=int, default=1)
-    own.add_argument("--backend")
-    own.add_argument("--threads", type=int, default=0)
+    own.add_argument("--seed", type=int, default=0, help="of noise and labels")
+    own.add_argument("--batch-size", type=int, default=64, help="images of one call of the model, on each rank")
+    own.add_argument("--out", type=Path, required=True, metavar="DIR|FILE.npz", help="PNGs, or one ADM .npz")
+    own.add_argument("--world-size", type=int, default=1, help="processes on this host")
+    own.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
     return own
 
 
@@ -35,13 +38,10 @@ def run(arguments: Sequence[str]) -> int:
 
     from rqvae import backends
     from rqvae.api import change_sampler, load
-    from rqvae.diffusion import solvers
-    from rqvae.trainers.generate import SampleRequest, describe_source, generate
+    from rqvae.trainers.generate import SampleRequest, generate
 
     request = SampleRequest(options.out, options.num, options.labels, options.seed, options.batch_size)
-    solver = getattr(solvers, options.solver, None) if options.solver else None
-    if options.solver and solver is None:
-        raise BadInput(f"--solver: expected a function of rqvae.diffusion.solvers, got {options.solver}")
+    solver = find_solver(options.solver)
     if not backends.in_job() and check_world_size(options) > 1:
         return backends.launch(["sample", *arguments], options.world_size, threads=options.threads)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
             raise BadInput(f"{options.run}: expected a Stage2 run, this one is an autoencoder")
         two_stage = pipeline.two_stage.to(backend.device)
         sampler = change_sampler(two_stage, steps=options.steps, guidance=options.cfg, solver=solver)
-        facts = generate(two_stage, pipeline.spec, sampler, backend, request, describe_source(options.run))
+        facts = generate(two_stage, pipeline.spec, sampler, backend, request, _source(options.run, pipeline))
         if backend.rank == 0:
             sys.stdout.write(f"{request.out}: {request.num} images, {facts['nfe']} function evaluations each\n")
     finally:
@@ -59,8 +59,12 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,3, got {text}") from None
+def _source(model: str, pipeline: Pipeline) -> dict[str, Any]:
+    """Which weights: of a run those of its checkpoint, else what the exported folder says of itself."""
+    from rqvae.trainers.generate import describe_source
+
+    folder = Path(model)
+    if (folder / "config.yaml").exists() or (folder / "meta.json").exists():
+        return describe_source(folder)
+    known = {} if pipeline.description is None else pipeline.description.source
+    return {"model": model, **{key: known.get(key) for key in ("run", "step", "weights", "stage1_sha256")}}

@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rqvae.contracts import check_function, check_shape, describe
 from rqvae.diffusion.denoiser import Denoiser
 from rqvae.diffusion.guidance import Guidance, Predict
 from rqvae.diffusion.paths import LinearFlow, Path, Prediction
 from rqvae.diffusion.solvers import StepNoise, euler
 from rqvae.diffusion.timesteps import sampling_times
+from rqvae.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Sampler:
 
     Args:
         solver: a function of `rqvae.diffusion.solvers` by its name (`euler`, `heun`, `dpm_solver_pp_2m`), or a class
-            with settings (`DDIM`, `EulerMaruyama`): `(denoise, x, times, noise) -> (x, nfe)`.
+            with settings (`DDIM`, `EulerMaruyama`), or your own by its import path: `(denoise, x, times, noise) ->
+            (x, nfe)`.
         steps: steps from noise to data, >= 1.
         shift: > 0; above 1 spends more steps near the noise (`rqvae.diffusion.timesteps.sampling_times`).
         guidance: none, or for example `ClassifierFree`, `Interval`, `Autoguidance`.
@@ -36,6 +39,7 @@ class Sampler:
     start: float = 1.0
 
     def __post_init__(self) -> None:
+        check_function(self.solver, "sampler.solver", "denoise", "x", "times", "noise")
         self.times()
 
     def times(self) -> Tensor:
@@ -71,4 +75,8 @@ class Sampler:
         def guided(x: Tensor, t: Tensor) -> Tensor:
             return predict(x, t, condition) if guidance is None else guidance(predict, x, t, condition)
 
-        return self.solver(Denoiser(guided, path or LinearFlow(), prediction), x, self.times(), noise)
+        answer = self.solver(Denoiser(guided, path or LinearFlow(), prediction), x, self.times(), noise)
+        if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], int):
+            raise BadInput(f"sampler.solver: expected the answer (x, nfe), nfe an int, got {describe(answer)}")
+        check_shape(answer[0], tuple(x.shape), "sampler.solver: x")
+        return answer

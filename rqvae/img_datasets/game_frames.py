@@ -1,4 +1,4 @@
-"""Frames of a recorded game, each with the actions that led to it."""
+"""Frames of a recorded game, each with the frames and the actions that led to it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = {"action": np.int16, "episode": np.int32}
 
 
 class GameFrames(LabeledImageDataset):
-    """Single frames of a recording (`python -m rqvae collect`), with the last `history` actions before each.
+    """Frames of a recording (`python -m rqvae collect`), with the last `history` actions, and frames, before each.
 
     The splits are of whole episodes, 5 % for test, 5 % for val (at least one each), the rest for train, ranked by a
     hash of (seed of the recording, episode). Different episodes may show identical frames; so of val every frame that
@@ -37,26 +37,47 @@ class GameFrames(LabeledImageDataset):
         size: side of the frames in pixels; must be that of the recording.
         history: K, how many actions before a frame are given.
         num_actions: how many actions the game has; must be that of the recording.
+        context: give the K frames before each as well, one window of K + 1 frames a sample.
+        padding: also give the first frames of an episode, whose history is missing in part; what is missing is masked,
+            and shows the episode's first frame.
+        action_names: the actions in the order in which the model is to number them; null is the recording's order.
 
     Raises:
-        BadInput: `history` or `num_actions` below 1.
+        BadInput: `history` or `num_actions` below 1, or names that are not `num_actions` different ones.
     """
 
-    def __init__(self, split: Split, *, root: str, size: int, history: int = 1, num_actions: int = 5) -> None:
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str,
+        size: int,
+        history: int = 1,
+        num_actions: int = 5,
+        context: bool = False,
+        padding: bool = True,
+        action_names: list[str] | None = None,
+    ) -> None:
         if history < 1 or num_actions < 1:
             raise BadInput(f"history, num_actions: expected at least 1, got {history}, {num_actions}")
+        if action_names is not None and len(set(action_names)) != num_actions:
+            raise BadInput(f"action_names: expected {num_actions} different names, got {action_names}")
         self.split, self.root, self.size = split, Path(root), size
         self.history, self.num_actions = history, num_actions
+        self.context, self.padding, self.action_names = context, padding, tuple(action_names or ())
         self._sha256 = ""
         self._frames: npt.NDArray[np.uint8] = np.empty((0, size, size, 3), dtype=np.uint8)
         self._action: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._first: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._episode: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._kept: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     @property
     def spec(self) -> DataSpec:
         """(3, size, size), the number of actions, the history."""
-        return DataSpec((3, self.size, self.size), num_actions=self.num_actions, history=self.history)
+        shape = (3, self.size, self.size)
+        actions: dict[str, Any] = {"num_actions": self.num_actions, "names": self.action_names}
+        return DataSpec(shape, history=self.history, context=self.context, **actions)
 
     def open(self) -> None:
         """Read the recording into memory: the frames of this split's episodes, as uint8.
@@ -82,17 +103,29 @@ class GameFrames(LabeledImageDataset):
         if self.history >= longest:
             raise BadInput(f"history: expected less than {longest}, longest episode of {self.root}, got {self.history}")
         split_of = np.array([rank[k] for k in range(meta["episodes"])])[episode]
-        self._keep(np.concatenate(hashes), split_of)
-        self._frames, self._action = np.concatenate(frames), np.concatenate(actions).astype(np.int64)
-        mine = episode[split_of == self.split]
-        _, starts, lengths = np.unique(mine, return_index=True, return_counts=True)
+        self._frames = np.concatenate(frames)
+        self._action = self._number_of(meta["action_names"])[np.concatenate(actions)]
+        self._episode = episode[split_of == self.split]
+        _, starts, lengths = np.unique(self._episode, return_index=True, return_counts=True)
         self._first = np.repeat(starts, lengths)
+        self._keep(np.concatenate(hashes), split_of)
+
+    def _number_of(self, recorded: list[str]) -> npt.NDArray[np.int64]:
+        """The model's number of each of the recording's actions, by name."""
+        self.action_names = self.action_names or tuple(recorded)
+        if set(self.action_names) != set(recorded):
+            raise BadInput(
+                f"{self.root}: action_names: expected those of the recording, {recorded}, got {list(self.action_names)}"
+            )
+        return np.array([self.action_names.index(name) for name in recorded], dtype=np.int64)
 
     def _keep(self, hashes: npt.NDArray[np.uint64], split_of: npt.NDArray[np.str_]) -> None:
         """Find the frames of the split that occur in no split before it."""
         seen = {"train": [], "val": ["train"], "test": ["train", "val"]}[self.split]
         mine = hashes[split_of == self.split]
-        self._kept = np.flatnonzero(~np.isin(mine, hashes[np.isin(split_of, seen)]))
+        fresh = ~np.isin(mine, hashes[np.isin(split_of, seen)])
+        whole = self.padding | (np.arange(len(mine)) - self.history >= self._first)
+        self._kept = np.flatnonzero(fresh & whole)
         if not len(self._kept):
             raise BadInput(
                 f"{self.root}: expected frames for the split {self.split} that no earlier split has, got none of "
@@ -119,26 +152,65 @@ class GameFrames(LabeledImageDataset):
         return meta
 
     def fingerprint(self) -> str:
-        """Of the shards' own hashes, the split and the history."""
-        return f"GameFrames:{self.split}:{self.history}:{self._sha256}"
+        """Of the shards' own hashes, the split and the windows."""
+        windows = ":context" * self.context + ":whole" * (not self.padding)
+        return f"GameFrames:{self.split}:{self.history}{windows}:{self._sha256}"
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def __getitem__(self, index: int) -> LabeledImageData:
-        """`img` uint8 (3, size, size); `condition.actions` (K,), the last of which led to this frame."""
+        """`img` uint8 (3, size, size); `condition` with `actions` (K,), the last of which led to this frame.
+
+        `condition.context` uint8 (K, 3, size, size) is there where `context` asks for it.
+        """
         at = int(self._kept[index])
         steps = np.arange(at - self.history, at)
         inside = steps >= self._first[at]
         actions = np.where(inside, self._action[np.maximum(steps, 0)], self.num_actions)
+        context = torch.from_numpy(self._frames[np.maximum(steps, self._first[at])]).permute(0, 3, 1, 2)
         condition = ActionCondition(
-            context=None,
+            context=context.contiguous() if self.context else None,
             actions=torch.from_numpy(actions),
             mask=torch.from_numpy(inside),
             num_actions=self.num_actions,
         )
         img = torch.from_numpy(self._frames[at]).permute(2, 0, 1).contiguous()
         return LabeledImageData(img=img, condition=condition)
+
+    def as_window(self, index: int) -> dict[str, Any]:
+        """A sample under the names and in the shapes of earlier world-model code.
+
+        Returns:
+            `obs` (3K, H, W) and `img` (3, H, W) float in [0, 1], `y` (1, K, A) one-hot actions, zero where the history
+            is missing, `y_mask` (1, K) with 0 there, and `data_info` with the episode and whether it ends here.
+        """
+        sample, at = self[index], int(self._kept[index])
+        condition = sample.condition
+        assert isinstance(condition, ActionCondition)
+        first = self._first[at]
+        obs = torch.from_numpy(self._frames[np.maximum(np.arange(at - self.history, at), first)]).permute(0, 3, 1, 2)
+        one_hot = torch.nn.functional.one_hot(condition.actions, self.num_actions + 1)[:, : self.num_actions]
+        return {
+            "obs": obs.flatten(0, 1).float() / 255,
+            "img": sample.require_img().float() / 255,
+            "y": one_hot[None].float(),
+            "y_mask": condition.mask[None].to(torch.int16),
+            "data_info": {
+                "episode": int(self._episode[at]),
+                "done": at + 1 == len(self._first) or int(self._first[at + 1]) != int(first),
+            },
+        }
+
+    def episode(self, k: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+        """Frames (N, H, W, 3) and the actions (N,) taken at them, of the k-th episode of this split."""
+        mine = self._episode == np.unique(self._episode)[k]
+        return self._frames[mine], self._action[mine]
+
+    @property
+    def episodes(self) -> int:
+        """How many episodes this split has."""
+        return len(np.unique(self._episode))
 
 
 def rank_split(seed: int, episodes: int) -> dict[int, Split]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -130,10 +132,16 @@ class ImageFolder(LabeledImageDataset):
                 self._bad[k] = True
         raise BadInput(f"{self.folder}: expected at least one readable image, got {len(self)} that are not")
 
-    def _sample(self, index: int) -> LabeledImageData:
-        path = self._paths[index]
+    def without_image(self, index: int) -> LabeledImageData:
+        """Label and file, without reading the image; with `skip`, those of the image that is given in its place."""
+        return super().without_image(index) if self.on_bad_image == "skip" else self._describe(index)
+
+    def _describe(self, index: int) -> LabeledImageData:
         condition = ClassCondition(self._labels[index].clone(), self.num_classes) if self.num_classes else None
-        return LabeledImageData(img=read_image(path), condition=condition, img_path=path)
+        return LabeledImageData(condition=condition, img_path=self._paths[index])
+
+    def _sample(self, index: int) -> LabeledImageData:
+        return replace(self._describe(index), img=read_image(self._paths[index]))
 
 
 def _images_in(folder: Path) -> list[str]:
@@ -142,14 +150,18 @@ def _images_in(folder: Path) -> list[str]:
     return sorted(os.path.join(at, name) for at, _, names in walk for name in names if name.lower().endswith(SUFFIXES))
 
 
-def read_image(path: str) -> Tensor:
+def read_image(path: str, content: bytes | None = None) -> Tensor:
     """Decode a file to uint8 RGB (3, H, W).
+
+    Args:
+        path: the file, or a name for errors where there is `content`.
+        content: the encoded image, in place of the file's.
 
     Raises:
         BadInput: not an image, a truncated one, or one with more than 8 bits per channel, which conversion would clip.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"more than 8 bits per channel (mode {file.mode})")
             pixels = np.array(file.convert("RGB"))

@@ -7,54 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
+from rqvae.contracts import check_shape, check_type
 from rqvae.errors import BadInput
+from rqvae.img_datasets.tensor_fields import TensorFields, register_pytree
 from rqvae.randomness import Draw, fill, generator
 
 Split = Literal["train", "val", "test"]
 ImageShape = tuple[int, int, int]
 LatentShape = tuple[int, ...]
-
-
-def register_pytree(cls: type) -> type:
-    """Register a dataclass of tensors as a pytree.
-
-    An FSDP2 root whose output is an unregistered dataclass fails in backward, because its hooks cannot find the
-    tensors; `torch.utils._pytree.register_dataclass` is the documented door since torch 2.7.
-    """
-    torch.utils._pytree.register_dataclass(cls)
-    return cls
-
-
-def _apply(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`change` on every tensor of nested dataclasses, dicts and lists; everything else is kept."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, TensorFields):
-        return replace(value, **{f.name: _apply(getattr(value, f.name), change) for f in fields(value)})  # type: ignore[type-var,arg-type]
-    if isinstance(value, dict):
-        return {key: _apply(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_apply(item, change) for item in value]
-    return value
-
-
-class TensorFields:
-    """Base of the dataclasses that hold tensors: they move themselves."""
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """All tensors on `device`; floating-point ones also in `dtype` if given. Integer tensors keep their type."""
-        return _apply(self, lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """All tensors in page-locked memory (called by `DataLoader(pin_memory=True)`)."""
-        return _apply(self, lambda x: x.pin_memory())
 
 
 class Condition(TensorFields):
@@ -194,7 +161,8 @@ class DataSpec:
         image_shape: (3, H, W) after the transform.
         num_classes: classes of `ClassCondition`, 0 without.
         num_actions: actions of `ActionCondition`, 0 without.
-        history: K, history frames of `ActionCondition`.
+        history: K, history slots of `ActionCondition`.
+        context: whether `ActionCondition.context` holds the K frames.
         num_mask_classes: classes of `MaskCondition`, 0 without.
         names: names of the classes or actions, where the dataset knows them.
     """
@@ -203,6 +171,7 @@ class DataSpec:
     num_classes: int = 0
     num_actions: int = 0
     history: int = 0
+    context: bool = False
     num_mask_classes: int = 0
     names: tuple[str, ...] = ()
 
@@ -229,22 +198,72 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
         """A text that changes when the data change; the cached statistics of a run are keyed by it."""
         return f"{type(self).__qualname__}:{self.split}:{len(self)}"
 
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """(N,) int64, the order of a shuffled epoch: any permutation is alike; one read from far wants neighbours."""
+        return torch.randperm(len(self), generator=generator(seed, "order", epoch))
+
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> LabeledImageData:
         raise NotImplementedError
 
+    def without_image(self, index: int) -> LabeledImageData:
+        """The sample with `img` None: all that training on cached latents takes from the dataset.
+
+        A dataset whose images are costly to read overrides it.
+        """
+        return replace(self[index], img=None)
+
 
 class Transform:
     """From a stored sample to what a model sees. `rng` is the sample's own: an augmentation never depends on workers.
 
     A transform is made with the dataset's `DataSpec` as its first argument.
+
+    One that gives each sample one of a few results (both flips, say) names them in `variants`, and says with `choose`
+    and `variant` which and what they are: its latents can be cached. A random crop has too many results, and none.
     """
 
     def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:
         """The sample, transformed; may keep uint8."""
         raise NotImplementedError
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of all the results that a sample can have; empty where they cannot be listed."""
+        return ()
+
+    def choose(self, rng: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Which variant `__call__` gives with this generator: int64, no axes, never read on the host."""
+        if len(self.variants) != 1:
+            raise NotImplementedError(f"{type(self).__name__}.choose: expected where there is not just one variant")
+        return torch.zeros((), dtype=torch.int64)
+
+    def variant(self, sample: LabeledImageData, choice: Tensor) -> LabeledImageData:  # noqa: ARG002
+        """The sample as variant `choice`, so that `self(sample, rng)` is `self.variant(sample, self.choose(rng))`.
+
+        Args:
+            sample: as it is stored; `img` is None where only the rest is wanted.
+            choice: int64, no axes, in [0, len(variants)).
+        """
+        if len(self.variants) != 1:
+            raise NotImplementedError(f"{type(self).__name__}.variant: expected where there is not just one variant")
+        return self(sample, torch.Generator())
+
+    def fingerprint(self) -> str:
+        """A text that changes when the results change: the class and its public attributes but `spec`."""
+        own = {k: v for k, v in sorted(vars(self).items()) if not k.startswith("_") and k != "spec"}
+        arguments = ", ".join(f"{name}={value!r}" for name, value in own.items())
+        return f"{type(self).__module__}.{type(self).__qualname__}({arguments})"
+
+
+class LatentSource(Protocol):
+    """Where cached latents of a split come from."""
+
+    def read(self, index: int, choice: Tensor) -> Stage1Encodings:
+        """What Stage1 gives for variant `choice` of the dataset's sample `index`, without batch axis."""
+        ...
 
 
 Collate = Callable[[Sequence[LabeledImageData]], LabeledImageData]
@@ -254,8 +273,8 @@ Collate = Callable[[Sequence[LabeledImageData]], LabeledImageData]
 class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
     """A split seen as an endless stream: position -> the sample with its transform applied and its draws filled.
 
-    The position in the stream, not (epoch, index), is the sample's identity. Epoch e's order is a permutation seeded by
-    (seed, e); a split that is not shuffled repeats in file order.
+    The position in the stream, not (epoch, index), is the sample's identity. Epoch e's order is the dataset's `order`,
+    a permutation seeded by (seed, e); a split that is not shuffled repeats in file order.
 
     Args:
         dataset: the split.
@@ -263,6 +282,7 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         draws: numbers the modules need per sample.
         seed: the run's seed.
         shuffle: a new order each epoch.
+        latents: cached latents of the split, given in place of its images.
     """
 
     dataset: LabeledImageDataset
@@ -270,6 +290,7 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
     draws: dict[str, Draw]
     seed: int
     shuffle: bool
+    latents: LatentSource | None = None
     _order: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
@@ -281,15 +302,32 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         if not self.shuffle:
             return k
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator(self.seed, "order", epoch)))
+            self._order = (epoch, self.dataset.order(self.seed, epoch))
         return int(self._order[1][k])
 
     def __getitem__(self, position: int) -> LabeledImageData:
-        sample = self.dataset[self.index(position)]
-        sample = self.transform(sample, generator(self.seed, "augment", position))
-        if sample.img is not None and sample.img.dtype == torch.uint8:
-            sample = replace(sample, img=sample.img.float() / 255)
+        index, rng = self.index(position), generator(self.seed, "augment", position)
+        if self.latents is None:
+            stored = self.dataset[index]
+            check_type(stored, LabeledImageData, f"data.dataset: {type(self.dataset).__name__}[index]")
+            sample = self.transform(stored, rng)
+        else:
+            choice = self.transform.choose(rng)
+            sample = self.transform.variant(self.dataset.without_image(index), choice)
+            sample = replace(sample, encodings=self.latents.read(index, choice))
+        self._check(sample)
+        sample = replace(sample, img=_unit_range(sample.img))
+        if isinstance(sample.condition, ActionCondition):
+            context = _unit_range(sample.condition.context)
+            sample = replace(sample, condition=replace(sample.condition, context=context))
         return replace(sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None)
+
+    def _check(self, sample: LabeledImageData) -> None:
+        """That the transform gives what the dataset's `DataSpec` says, which all models were built for."""
+        key = f"data.{self.dataset.split}_transform: {type(self.transform).__name__}"
+        check_type(sample, LabeledImageData, key)
+        if sample.img is not None:
+            check_shape(sample.img, self.dataset.spec.image_shape, f"{key}: img")
 
     @property
     def collate_fn(self) -> Collate:
@@ -304,6 +342,11 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
             BadInput: samples whose tensors differ in shape, or of which only some have a field.
         """
         return _stack([_Named("sample", s) for s in samples])
+
+
+def _unit_range(pixels: Tensor | None) -> Tensor | None:
+    """uint8 as float in [0, 1]; what is float, or not there, as it is."""
+    return pixels.float() / 255 if pixels is not None and pixels.dtype == torch.uint8 else pixels
 
 
 @dataclass

@@ -30,20 +30,42 @@ class TrainTransform(Transform):
 
     def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:
         """Sample with `img` uint8 (3, H0, W0) -> (3, H, W); a mask is cropped and flipped with its image."""
+        return self.variant(sample, self.choose(rng))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Both flips, or the one there is."""
+        return ("as stored", "flipped") if self.flip else ("as stored",)
+
+    def choose(self, rng: torch.Generator) -> Tensor:
+        """0 as stored, 1 flipped; takes one number of `rng` where there is a choice."""
+        return (torch.rand((), generator=rng) < 0.5).long() if self.flip else super().choose(rng)
+
+    def variant(self, sample: LabeledImageData, choice: Tensor) -> LabeledImageData:
+        """Cropped, and flipped where `choice` is 1; without an image, its mask alone."""
         sample = crop_sample(sample, self.spec)
         if not self.flip:
             return sample
         # torch.where and not `if`: a tensor that decides a branch is a host sync, which training steps forbid.
-        flipped = torch.rand((), generator=rng) < 0.5
-        img = sample.require_img()
-        sample = replace(sample, img=torch.where(flipped, img.flip(-1), img))
+        flipped, img = choice == 1, sample.img
+        if img is not None:
+            sample = replace(sample, img=torch.where(flipped, img.flip(-1), img))
         if isinstance(sample.condition, MaskCondition):
             mask = torch.where(flipped, sample.condition.mask.flip(-1), sample.condition.mask)
             sample = replace(sample, condition=replace(sample.condition, mask=mask))
         return sample
 
 
-class ValTransform(Transform):
+class _OneResult(Transform):
+    """A transform without a choice."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The one result."""
+        return ("as stored",)
+
+
+class ValTransform(_OneResult):
     """ADM crop to the spec's size.
 
     Args:
@@ -58,7 +80,7 @@ class ValTransform(Transform):
         return crop_sample(sample, self.spec)
 
 
-class TestTransform(Transform):
+class TestTransform(_OneResult):
     """ADM crop to the spec's size; never an augmentation.
 
     Args:
@@ -75,7 +97,7 @@ class TestTransform(Transform):
         return crop_sample(sample, self.spec)
 
 
-class Identity(Transform):
+class Identity(_OneResult):
     """For frames and patches, which have their size already.
 
     Args:
@@ -87,22 +109,28 @@ class Identity(Transform):
 
     def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:  # noqa: ARG002
         """The sample itself; BadInput if its image has another shape than the spec's."""
-        shape = tuple(sample.require_img().shape)
+        if sample.img is None:
+            return sample
+        shape = tuple(sample.img.shape)
         if shape != tuple(self.spec.image_shape):
             raise BadInput(f"img: expected {tuple(self.spec.image_shape)}, got {shape}; use a transform that resizes")
         return sample
 
 
 def crop_sample(sample: LabeledImageData, spec: DataSpec) -> LabeledImageData:
-    """The sample with image, and mask if it has one, cropped to the spec's (H, W).
+    """The sample with image and mask, as far as it has them, cropped to the spec's (H, W).
 
     Raises:
         BadInput: an image that is not uint8 (3, H0, W0), or a mask of another size than its image.
     """
-    img = sample.require_img()
+    img, target = sample.img, spec.image_shape[1:]
+    if img is None:
+        if isinstance(sample.condition, MaskCondition):
+            mask = center_crop_mask(sample.condition.mask, target)
+            return replace(sample, condition=replace(sample.condition, mask=mask))
+        return sample
     if img.dtype != torch.uint8 or img.ndim != 3 or img.shape[0] != 3:
         raise BadInput(f"img: expected uint8 (3, H, W), got {str(img.dtype).removeprefix('torch.')} {tuple(img.shape)}")
-    target = spec.image_shape[1:]
     cropped = replace(sample, img=center_crop(img, target))
     if isinstance(sample.condition, MaskCondition):
         mask = sample.condition.mask

@@ -88,13 +88,18 @@ def ssim(recon_bchw: Tensor, images_bchw: Tensor, dtype: torch.dtype = torch.flo
     if min(height, width) < WINDOW:
         raise BadInput(f"ssim: expected images of at least {WINDOW}x{WINDOW} pixels, got {height}x{width}")
     x, y = recon_bchw.to(dtype), images_bchw.to(dtype)
-    moments = _window_means(torch.stack([x, y, x * x, y * y, x * y]))
+    return ssim_and_contrast(x, y)[0].mean(1)
+
+
+def ssim_and_contrast(x_bchw: Tensor, y_bchw: Tensor) -> tuple[Tensor, Tensor]:
+    """SSIM of each channel and its factor without luminance, means over the windows within the image, (B, C) each."""
+    moments = _window_means(torch.stack([x_bchw, y_bchw, x_bchw * x_bchw, y_bchw * y_bchw, x_bchw * y_bchw]))
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = moments
     c1, c2 = K1**2, K2**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
     variances = mean_xx - mean_x.square() + mean_yy - mean_y.square()
     structure = (2 * (mean_xy - mean_x * mean_y) + c2) / (variances + c2)
-    return (luminance * structure).flatten(1).mean(1)
+    return (luminance * structure).flatten(2).mean(2), structure.flatten(2).mean(2)
 
 
 class ReconstructionScores:

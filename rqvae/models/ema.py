@@ -38,14 +38,25 @@ class EMA:
         """The name in checkpoints and logs, for example `ema_0.999`."""
         return f"ema_{self.decay:g}"
 
+    def share(self, step: int) -> float:
+        """What the weights after optimizer step `step` (0 is the first) count in the average, in (0, 1]."""
+        return 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the weights after optimizer step `step` (0 is the first)."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+    def update(self, step: int, applied: Tensor | None = None) -> None:
+        """Follow the weights after optimizer step `step`.
+
+        Args:
+            step: 0 is the first.
+            applied: scalar bool on the device: whether the step changed the weights; where not, the average stays too.
+        """
         averages, weights = list(self.average.values()), [v.detach() for v in self.followed.values()]
         if any(a.dtype != w.dtype for a, w in zip(averages, weights, strict=True)):
             weights = [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if applied is not None:
+            # lerp from a to a is a, bit for bit; a share of 0 would need it on the host
+            weights = [torch.where(applied, w, a) for a, w in zip(averages, weights, strict=True)]
+        torch._foreach_lerp_(averages, weights, self.share(step))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

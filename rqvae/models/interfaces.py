@@ -24,6 +24,7 @@ from rqvae.img_datasets.interfaces import (
     TensorFields,
     register_pytree,
 )
+from rqvae.models.blocks import listed_blocks
 from rqvae.randomness import Draw
 
 __all__ = [
@@ -144,6 +145,14 @@ class Stage1Model(nn.Module):
         """Encode (B, 3, H, W). Deterministic where `inputs.draws` has no numbers for the model."""
         raise NotImplementedError
 
+    def with_draws(self, encodings: Stage1Encodings, draws: Mapping[str, Tensor] | None) -> Stage1Encodings:  # noqa: ARG002
+        """What `encode` gives with these draws, from what it gives without any, and without the image.
+
+        The door of cached latents: a posterior is sampled anew from its cached moments. A model that uses no draws in
+        `encode` has nothing to do.
+        """
+        return encodings
+
     def decode(self, encodings: Stage1Encodings) -> Stage1ModelOutput:
         """Decode a latent."""
         raise NotImplementedError
@@ -175,6 +184,10 @@ class Stage1Model(nn.Module):
     def draws(self, image_shape: ImageShape) -> dict[str, Draw]:  # noqa: ARG002
         """The random numbers a training forward needs per sample."""
         return {}
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """What `train.compile` and `train.activation_checkpointing` work on, each called as `block(...)`."""
+        return listed_blocks(self)
 
 
 class base_connector(nn.Module):  # noqa: N801  (the name its users know)
@@ -229,3 +242,7 @@ class Stage2Model(nn.Module):
     def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:  # noqa: ARG002
         """The random numbers a training forward needs per sample."""
         return {}
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """What `train.compile` and `train.activation_checkpointing` work on, each called as `block(...)`."""
+        return listed_blocks(self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from rqvae.contracts import check_shape, check_type
 from rqvae.errors import BadInput
 from rqvae.models.interfaces import (
     ActionCondition,
@@ -61,9 +62,9 @@ class TwoStage(nn.Module):
         """A batch as the dataset gives it -> the batch as Stage2 takes it. Call it once a batch.
 
         Args:
-            batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but not the
-                connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, latents there are Stage2's
-                and stay.
+            batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but neither the
+                posterior's noise nor the connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, latents
+                there are Stage2's and stay.
 
         Returns:
             The batch with Stage2's latents in `encodings`.
@@ -71,10 +72,15 @@ class TwoStage(nn.Module):
         Raises:
             BadInput: neither frames nor latents in the context.
         """
-        encodings = self.stage1.encode(batch) if batch.encodings is None else batch.encodings
-        return replace(
-            batch, encodings=self.connector(encodings), condition=self._with_encoded_context(batch.condition)
-        )
+        if batch.encodings is None:
+            encodings = self.stage1.encode(batch)
+        else:
+            encodings = self.stage1.with_draws(batch.encodings, batch.draws)
+        check_type(encodings, Stage1Encodings, "stage1: encode")
+        latents = self.connector(encodings)
+        check_type(latents, Stage1Encodings, "connector: forward")
+        check_shape(latents.zs, (len(encodings.zs), *self.latent_shape), "connector: forward: zs")
+        return replace(batch, encodings=latents, condition=self._with_encoded_context(batch.condition))
 
     def training_loss(
         self, batch: LabeledImageData, stage2: Stage2Forward | None = None
@@ -93,7 +99,11 @@ class TwoStage(nn.Module):
         encodings = batch.encodings
         assert encodings is not None, "prepare gives encodings"
         output = (self.stage2 if stage2 is None else stage2)(encodings, batch)
-        return self.stage2.compute_loss(encodings, output, batch), output
+        check_type(output, Stage2ModelOutput, "stage2: forward")
+        losses = self.stage2.compute_loss(encodings, output, batch)
+        check_type(losses, Stage2Losses, "stage2: compute_loss")
+        check_shape(losses.loss_total, (), "stage2: compute_loss: loss_total")
+        return losses, output
 
     @torch.no_grad()
     def sample(self, condition: Condition | None, noise: Tensor, sampler: Any = None) -> Stage2ModelOutput:
@@ -118,9 +128,12 @@ class TwoStage(nn.Module):
         was_training = self.stage2.training
         self.stage2.eval()
         try:
-            return self.stage2.infer(inputs, noise=noise, sampler=sampler)
+            output = self.stage2.infer(inputs, noise=noise, sampler=sampler)
         finally:
             self.stage2.train(was_training)
+        check_type(output, Stage2ModelOutput, "stage2: infer")
+        check_shape(output.zs_pred, tuple(noise.shape), "stage2: infer: zs_pred")
+        return output
 
     @torch.no_grad()
     def decode(self, output: Stage1Encodings | Stage2ModelOutput) -> Tensor:

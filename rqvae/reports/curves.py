@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -122,6 +122,8 @@ def default_keys(runs: Sequence[Metrics]) -> list[str]:
 
 
 def _has_log_panel(runs: Sequence[Metrics], key: str) -> bool:
+    if "_per_s" in key:
+        return False  # a speed dips where pictures are made; on a log axis that is all one sees
     values = np.concatenate([run.series(key)[1] for run in runs])
     values = values[np.isfinite(values)]
     return len(values) > 1 and bool(values.min() > 0) and bool(values.max() > 3 * values.min())
@@ -129,7 +131,10 @@ def _has_log_panel(runs: Sequence[Metrics], key: str) -> bool:
 
 def _figure(runs: Sequence[Metrics], panels: Sequence[tuple[str, str]], against: XAxis) -> Figure:
     rows = -(-len(panels) // COLUMNS)
-    legend_inches = 0.3 if len(runs) > 1 else 0.0
+    # names in rows that fit: 9 points a letter are 0.075 inches, the line beside it takes five letters
+    longest = max(len(run.name) for run in runs) + 5
+    columns = max(1, min(len(runs), int(COLUMNS * PANEL_INCHES[0] / (0.075 * longest))))
+    legend_inches = 0.12 + 0.18 * -(-len(runs) // columns) if len(runs) > 1 else 0.0
     width, height = COLUMNS * PANEL_INCHES[0], rows * PANEL_INCHES[1] + legend_inches
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, rect=(0, 0, 1, 1 - legend_inches / height))  # type: ignore[union-attr, call-arg]
@@ -141,16 +146,16 @@ def _figure(runs: Sequence[Metrics], panels: Sequence[tuple[str, str]], against:
     for panel in axes[(rows - 1) * COLUMNS : len(panels)]:
         panel.set_xlabel(against)
     if len(runs) > 1:
-        lines = [matplotlib.lines.Line2D([], [], color=_colour(k), linewidth=2) for k in range(len(runs))]
+        lines = [matplotlib.lines.Line2D([], [], linewidth=2, **_look(k)) for k in range(len(runs))]
         names = [run.name for run in runs]
-        figure.legend(lines, names, loc="upper left", ncols=len(runs), frameon=False, fontsize=9)
+        figure.legend(lines, names, loc="upper left", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
 def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, against: XAxis) -> None:
     panel.set_facecolor("none")
     panel.set_yscale(scale)
-    last = [_draw_run(panel, run, key, against, _colour(k)) for k, run in enumerate(runs) if key in run.keys]
+    last = [_draw_run(panel, run, key, against, k) for k, run in enumerate(runs) if key in run.keys]
     size = 8.5 if len(key) <= 24 else 7  # a long name leaves room for the value
     panel.set_title(f"{key} (log)" if scale == "log" else key, loc="left", fontsize=size, fontweight="semibold")
     if len(runs) == 1 and scale == "linear":
@@ -169,14 +174,14 @@ def _draw_panel(panel: Axes, runs: Sequence[Metrics], key: str, scale: str, agai
     panel.set_xlim(0, 1.01 * max(ends) or None)
 
 
-def _draw_run(panel: Axes, run: Metrics, key: str, against: str, colour: str) -> float:
-    """Draw one run into a panel; the last value of the strong line."""
+def _draw_run(panel: Axes, run: Metrics, key: str, against: str, number: int) -> float:
+    """Draw run `number` into a panel; the last value of the strong line."""
     x, y = run.series(key, against)
     strong = y
     if _is_noisy(y):
-        panel.plot(x, y, color=colour, alpha=0.28, linewidth=0.6)
+        panel.plot(x, y, alpha=0.28, linewidth=0.6, **_look(number))
         strong = smooth(y, half_life=0.01 * len(y))
-    panel.plot(x, strong, color=colour, linewidth=1.5, marker="o" if len(y) < 25 else None, markersize=2.5)
+    panel.plot(x, strong, linewidth=1.5, marker="o" if len(y) < 25 else None, markersize=2.5, **_look(number))
     for bad in x[~np.isfinite(y)]:
         panel.axvline(bad, color="#d1495b", alpha=0.6, linewidth=0.7)
     finite = strong[np.isfinite(strong)]
@@ -192,8 +197,9 @@ def _is_noisy(values: np.ndarray) -> bool:
     return len(values) >= 25 and bool(np.abs(np.diff(values)).sum() > 3 * np.ptp(values))
 
 
-def _colour(k: int) -> str:
-    return COLOURS[k % len(COLOURS)]
+def _look(k: int) -> dict[str, Any]:
+    """Colour and stroke of run k; after the last colour they begin again, dashed."""
+    return {"color": COLOURS[k % len(COLOURS)], "linestyle": ("-", "--", ":")[k // len(COLOURS) % 3]}
 
 
 def _svg(figure: Figure) -> str:

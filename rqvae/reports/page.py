@@ -148,18 +148,24 @@ class Page:
         picture = replace(_embed("", source, zoom), rows=rows)
         self.blocks.append(Gallery([picture], caption))
 
-    def gallery(self, sources: Mapping[str, Path | bytes], caption: str, zoom: float = 1) -> None:
+    def gallery(
+        self, sources: Mapping[str, Path | bytes], caption: str, zoom: float = 1, width: float | None = None
+    ) -> None:
         """Add pictures side by side.
 
         Args:
             sources: label -> file, or the bytes of a file, in a format that browsers show (PNG, GIF, JPEG).
             caption: what one sees.
             zoom: size of a picture's pixel on the page; pixels stay sharp.
+            width: of a picture on the page, in CSS pixels, where `zoom` would make it wider; None for any.
 
         Raises:
             BadInput: a file that is missing or no picture.
         """
-        self.blocks.append(Gallery([_embed(label, source, zoom) for label, source in sources.items()], caption))
+        pictures = [_embed(label, source, zoom) for label, source in sources.items()]
+        if width is not None:
+            pictures = [replace(picture, zoom=min(zoom, width / picture.width)) for picture in pictures]
+        self.blocks.append(Gallery(pictures, caption))
 
     def render(self) -> str:
         """The page as HTML."""

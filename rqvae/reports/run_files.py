@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from rqvae.errors import BadInput
+from rqvae.reports.lineage import earlier_rows
 from rqvae.reports.metrics_file import Metrics, read_metrics
 from rqvae.reports.page import Cell
 
@@ -24,18 +25,20 @@ class RunFiles:
         folder: of the run.
         config: resolved config.yaml, keys joined by dots.
         environment: environment.json (versions, commit, backend, parameters ...), keys joined by dots.
-        metrics: metrics.jsonl.
+        metrics: metrics.jsonl, behind the rows of the runs that this one was started from.
+        continues: names of those runs, oldest first.
     """
 
     folder: Path
     config: dict[str, Cell]
     environment: dict[str, Cell]
     metrics: Metrics
+    continues: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
+        """What the run is called, the folder's name unless the reader was given another."""
+        return self.metrics.name
 
     def newest_pictures(self) -> dict[str, Path]:
         """The last picture of each kind in samples/, for example `samples` -> samples/samples_00001200.png."""
@@ -46,17 +49,42 @@ class RunFiles:
         return found
 
 
-def read_run(folder: Path) -> RunFiles:
+def read_run(folder: Path, name: str | None = None) -> RunFiles:
     """Read a run's folder.
 
+    Args:
+        folder: of the run.
+        name: what to call it; None for the folder's name.
+
     Raises:
-        BadInput: a file that is missing or cannot be read, by name.
+        BadInput: a folder of something else, or a file that is missing or cannot be read, by name.
     """
     if not folder.is_dir():
         raise BadInput(f"{folder}: expected a run's folder, there is none")
+    if not any((folder / file).exists() for file in ("config.yaml", "metrics.jsonl")):
+        raise BadInput(f"{folder}: expected the folder of a training run (config.yaml, metrics.jsonl), {_is(folder)}")
     config = read_mapping(folder / "config.yaml")
     environment = read_mapping(folder / "environment.json")
-    return RunFiles(folder, flatten(config), flatten(environment), read_metrics(folder / "metrics.jsonl", folder.name))
+    own = read_metrics(folder / "metrics.jsonl", name or folder.name)
+    if not own.keys:
+        raise BadInput(f"{folder / 'metrics.jsonl'}: expected rows with values such as train/loss_total, got none")
+    earlier, continues = earlier_rows(environment, own.rows[0]["step"])
+    metrics = Metrics(own.name, earlier + own.rows)
+    return RunFiles(folder, flatten(config), flatten(environment), metrics, tuple(continues))
+
+
+def _is(folder: Path) -> str:
+    """What a folder that is no run seems to be."""
+    if (folder / "COMPLETE").exists() or (folder / "meta.json").exists():
+        return "this one is a checkpoint"
+    if (folder / "stage1.json").exists():
+        return "this one holds reconstructions"
+    runs = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    if runs:
+        return f"this one holds {len(runs)} of them, the last is {runs[-1]}"
+    if any(folder.glob("*.png")):
+        return "this one holds pictures"
+    return "this one has none of these"
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

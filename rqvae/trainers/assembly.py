@@ -15,7 +15,7 @@ from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import Observer
 from rqvae.callbacks.online_eval import OnlineEval
 from rqvae.callbacks.pictures import Pictures
-from rqvae.callbacks.throughput import Progress, Throughput
+from rqvae.callbacks.throughput import Progress
 from rqvae.durations import Duration
 from rqvae.errors import BadInput
 from rqvae.img_datasets.feed import Feed, Positions, check_batch
@@ -23,10 +23,14 @@ from rqvae.img_datasets.interfaces import LabeledImageDataset, LabeledImageDatas
 from rqvae.models.interfaces import ImageShape, Stage1Model
 from rqvae.run import AnyRun, GanSettings, Stage1Run
 from rqvae.trainers import checkpoint, stage1_trainer, stage2_trainer
+from rqvae.trainers.cache_latents import open_cache
 from rqvae.trainers.clock import Clock
+from rqvae.trainers.ema_snapshots import snapshots_of
 from rqvae.trainers.logging import RunLog, setup_text_log
+from rqvae.trainers.measuring import measures, parse_window
 from rqvae.trainers.meter import Meter
-from rqvae.trainers.parts import Parts, on_main
+from rqvae.trainers.part_checks import check_generator, check_parts
+from rqvae.trainers.parts import Parts, check_blocks, on_main
 from rqvae.trainers.run_folder import (
     RunLock,
     RunPlace,
@@ -118,11 +122,17 @@ def choose(request: TrainRequest, config: dict[str, Any], data: str) -> Choice:
 def check(run: AnyRun, world_size: int) -> None:
     """Everything that can be checked before a process, a device or a data set is touched; `run` is on `meta`."""
     check_batch(run.data.batch_size, run.train.accumulate, world_size)
+    check_parts(run)
+    parse_window(run.profile)
+    check_best(run, online_eval=True)
     image_shape = run.data.make("train")[0].spec.image_shape
     if run.online_eval.every and min(image_shape[1:]) < 11:
         raise BadInput(f"online_eval.every: expected null for images below 11 px, got {image_shape[1:]}")
     if isinstance(run, Stage1Run):
+        if run.data.latents:
+            raise BadInput("data.latents: expected null for Stage1 (it is trained on images)")
         run.stage1.latent_shape(image_shape)
+        check_blocks(run.stage1, run.train)
         if run.gan:
             check_gan(run.gan, run.stage1, image_shape)
     else:
@@ -132,7 +142,24 @@ def check(run: AnyRun, world_size: int) -> None:
             raise BadInput("train.channels_last: expected false for Stage2 (it is for convolutional autoencoders)")
         with torch.device("meta"):
             two_stage = stage2_trainer.make_two_stage(run)
+        check_generator(two_stage.stage2)
+        check_blocks(two_stage.stage2, run.train)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
+        open_cache(run.data, run.stage1)
+
+
+def check_best(run: AnyRun, online_eval: bool) -> None:
+    """That something will write `checkpoint.best.metric`; the names of train/ are checked at the first row."""
+    rule, evaluation = run.checkpoint.best, run.online_eval
+    if rule is None or rule.metric.startswith("train/") or run.observers:
+        return
+    scores = list(evaluation.metrics) if evaluation.every and online_eval else []
+    if rule.metric.rpartition("/")[2] not in scores:
+        named = ", ".join(f"val/{score}" for score in scores)
+        raise BadInput(
+            f"checkpoint.best.metric: expected a score of online_eval ({named or 'it is off'}) or a name of train/, "
+            f"got {rule.metric}"
+        )
 
 
 def check_gan(gan: GanSettings, stage1: Stage1Model, image_shape: ImageShape) -> None:
@@ -158,12 +185,14 @@ class TrainingJob:
         config: its resolved config.
         backend: this rank.
         request: what the user asked for besides.
+        folder: of the run, known from `execute` on.
     """
 
     run: AnyRun
     config: dict[str, Any]
     backend: Backend
     request: TrainRequest
+    folder: Path | None = field(default=None, init=False)
     _lock: RunLock | None = field(default=None, init=False)
 
     def execute(self) -> int:
@@ -173,9 +202,11 @@ class TrainingJob:
             0, or 128 + signal when a signal ended the run after a checkpoint.
         """
         setup_text_log(self.backend.rank)
+        check_best(self.run, self.request.online_eval)
         stream, clock = self._open_data()
         fingerprint = stream.dataset.fingerprint()
         choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint))
+        self.folder = choice.folder
         for line in choice.words if self.backend.rank == 0 else ():
             log.info("%s", line)
         if choice.finished:
@@ -183,8 +214,12 @@ class TrainingJob:
         if choice.folder.exists():
             self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
+        watching = measures(self.run, self.backend, clock)
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
         stream.draws = parts.draws if self.run.train.noise == "per_sample" else {}
+        if parts.latents:
+            parts.latents.check_data(fingerprint)
+            stream.latents = parts.latents
         meter = Meter(self.backend)
         state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)
         if choice.load:
@@ -199,7 +234,7 @@ class TrainingJob:
         if self._lock is None:  # a new folder is made only now: a wrong checkpoint leaves nothing behind
             counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.counted.items()}
             self._take(choice, {"parameters": counts, "data": fingerprint})
-        return self._fit(choice, parts, state, clock, stream)
+        return self._fit(choice, parts, state, clock, stream, watching)
 
     def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
         """The train split as a stream, and the clock that its size makes."""
@@ -228,7 +263,8 @@ class TrainingJob:
             if not choice.folder.exists():
                 source = str(Path(self.request.resume_ckpt).resolve()) if self.request.resume_ckpt else None
                 backend = self.backend
-                place = {"backend": backend.name, "world_size": backend.world_size, "resumed_from": source}
+                place = {"backend": backend.name, "device": backend.device_name, "world_size": backend.world_size}
+                place |= {"resumed_from": source}
                 write_new(choice.folder, self.config, describe_environment(**place, **facts))
             lock = RunLock(choice.folder)
             lock.acquire()
@@ -239,7 +275,13 @@ class TrainingJob:
             self._lock = RunLock(choice.folder)  # not held: rank 0 holds it for the job
 
     def _fit(
-        self, choice: Choice, parts: Parts, state: TrainState, clock: Clock, stream: LabeledImageDatasetWrapper
+        self,
+        choice: Choice,
+        parts: Parts,
+        state: TrainState,
+        clock: Clock,
+        stream: LabeledImageDatasetWrapper,
+        watching: Sequence[Observer],
     ) -> int:
         run, backend, folder = self.run, self.backend, choice.folder
         assert self._lock is not None
@@ -263,7 +305,7 @@ class TrainingJob:
             run_log=run_log,
             train=run.train,
             checkpoints=run.checkpoint,
-            observers=_observers(run, self.request, parts),
+            observers=[*_observers(run, self.request, parts, watching), *self._snapshots(parts)],
             interventions=run.interventions,
             rank_draws=parts.draws if run.train.noise == "per_rank" else {},
         )
@@ -278,10 +320,14 @@ class TrainingJob:
             on_main(backend, lambda: (folder / "FINISHED").write_text(f"step {clock.step}\n"))
         return 0 if finished else 128 + trainer.session.signal
 
+    def _snapshots(self, parts: Parts) -> list[Observer]:
+        settings, module = self.run.ema, next(iter(parts.modules))
+        return snapshots_of(self.backend, module, parts.ema, settings.snapshot_every, settings.snapshot_dtype)
 
-def _observers(run: AnyRun, request: TrainRequest, parts: Parts) -> Sequence[Observer]:
-    """The built-in observers that the config asks for, then the user's own."""
-    observers: list[Observer] = [Throughput(Duration.parse(run.train.log_every))]
+
+def _observers(run: AnyRun, request: TrainRequest, parts: Parts, watching: Sequence[Observer]) -> Sequence[Observer]:
+    """Those of the run's costs, the other built-in ones that the config asks for, then the user's own."""
+    observers = [*watching]
     if run.logging.progress:
         observers.append(Progress())
     if run.pictures.every:

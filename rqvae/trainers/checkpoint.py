@@ -45,20 +45,55 @@ def tensors_sha256(tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any]) -> None:
+def size_of(tensors: Mapping[str, Tensors]) -> int:
+    """Bytes of a checkpoint's tensors."""
+    return sum(value.nbytes for group in tensors.values() for value in group.values())
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What may be written where `folder` is or is to be; None where the file system does not say, as buckets may."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    usage = shutil.disk_usage(nearest)
+    return usage.free if usage.total else None
+
+
+def in_words(size: int) -> str:
+    """A number of bytes to be read by people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
+def check_room(folder: Path, tensors: Mapping[str, Tensors]) -> None:
+    """Raise RunFailed where the disk has less room than the tensors take, before a byte is written."""
+    needed, free = size_of(tensors), free_bytes(folder)
+    if free is not None and free < needed:
+        raise RunFailed(
+            f"{folder}: checkpoint not written: the disk is full (expected {in_words(needed)} free, got "
+            f"{in_words(free)}); earlier checkpoints are untouched"
+        )
+
+
+def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any], copied: bool = False) -> None:
     """Write a checkpoint: `tensors` maps `model/stage1` to named tensors. COMPLETE is written last.
+
+    Args:
+        folder: to write; one that is there already is removed.
+        tensors: by file and name.
+        meta: what meta.json is to hold.
+        copied: the tensors are on the host, contiguous, and share no memory.
 
     Raises:
         RunFailed: the disk is full or cannot be written; what was begun is removed, other checkpoints are untouched.
     """
     if folder.exists():
         shutil.rmtree(folder)
+    check_room(folder, tensors)
     try:
         for name, group in tensors.items():
             file = folder / f"{name}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
             # copies: safetensors refuses tensors that share memory, as tied weights do
-            save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, file)
+            own = dict(group) if copied else {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
+            save_file(own, file)
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         listing = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
@@ -130,6 +165,25 @@ def groups(folder: Path) -> list[str]:
 def read_meta(folder: Path) -> dict[str, Any]:
     """A checkpoint's meta.json."""
     return json.loads((folder / "meta.json").read_text())
+
+
+def weights_of(folder: Path, wish: str | None = None) -> str:
+    """The folder of a checkpoint's weights: `model` or an average.
+
+    Args:
+        folder: of the checkpoint.
+        wish: its name, where `0.999` is `ema_0.999`; None is what the run evaluates.
+
+    Raises:
+        BadInput: the checkpoint has no such weights; the line lists those it has.
+    """
+    if wish is None:
+        return read_meta(folder)["evaluate"]
+    known = sorted({Path(name).parts[0] for name in groups(folder)} - {"optimizer", "log"})
+    for name in (wish, f"ema_{wish}"):
+        if name in known:
+            return name
+    raise BadInput(f"{folder}: expected weights {', '.join(known)}, got {wish}")
 
 
 def check_architecture(module: nn.Module, tensors: Tensors, where: str) -> None:

@@ -32,7 +32,7 @@ def dry_run(run: AnyRun) -> dict[str, Any]:
 def _stage1(run: Stage1Run) -> dict[str, Any]:
     spec = run.data.make("train")[0].spec
     stage1 = run.stage1.to(float_type(run.train.precision)).train()
-    batch = _batch(spec, stage1.draws(spec.image_shape), run)
+    batch = one_image(spec, stage1.draws(spec.image_shape), run)
     latent = stage1.encode(batch).zs
     trained: dict[str, tuple[nn.Module, Callable[[], Any]]] = {"stage1": (stage1, lambda: stage1(batch))}
     shapes = {"image": batch.require_img(), "latent": latent, "reconstruction": stage1(batch).xs_recon}
@@ -46,7 +46,8 @@ def _stage1(run: Stage1Run) -> dict[str, Any]:
 def _stage2(run: Stage2Run) -> dict[str, Any]:
     two_stage = make_two_stage(run).to(float_type(run.train.precision)).train()
     spec, stage2 = run.data.make("train")[0].spec, two_stage.stage2
-    batch = _batch(spec, {**run.stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}, run)
+    draws = {**run.stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}
+    batch = one_image(spec, draws, run, two_stage.latent_shape)
     latent = two_stage.stage1.encode(batch).zs
     # not through connector.forward: its statistics are not known before the data are seen
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=latent.dtype))
@@ -58,19 +59,30 @@ def _stage2(run: Stage2Run) -> dict[str, Any]:
     return _describe(run, shapes, parts, {"stage2": (stage2, lambda: stage2(encodings, batch))})
 
 
-def _batch(spec: DataSpec, draws: Mapping[str, Draw], run: AnyRun) -> LabeledImageData:
-    """One image and all that comes with it, on `meta`."""
+def one_image(
+    spec: DataSpec, draws: Mapping[str, Draw], run: AnyRun, context_shape: tuple[int, ...] = ()
+) -> LabeledImageData:
+    """One image and all that comes with it, on `meta`.
+
+    Args:
+        spec: of the data.
+        draws: the numbers the modules ask for.
+        run: for its precision.
+        context_shape: of each frame of history, where the data have them: the latent's.
+    """
     dtype = float_type(run.train.precision)
     numbers = {name: torch.empty(1, *draw.shape, dtype=dtype) for name, draw in draws.items()}
-    return LabeledImageData(torch.empty(1, *spec.image_shape, dtype=dtype), _condition(spec), draws=numbers)
+    image = torch.empty(1, *spec.image_shape, dtype=dtype)
+    return LabeledImageData(image, _condition(spec, context_shape, dtype), draws=numbers)
 
 
-def _condition(spec: DataSpec) -> Condition | None:
+def _condition(spec: DataSpec, context_shape: tuple[int, ...], dtype: torch.dtype) -> Condition | None:
     if spec.num_classes:
         return ClassCondition(torch.zeros(1, dtype=torch.long), spec.num_classes)
     if spec.num_actions:
         slots = torch.zeros(1, max(1, spec.history), dtype=torch.long)
-        return ActionCondition(None, slots, slots == 0, spec.num_actions)
+        context = torch.empty(1, spec.history, *context_shape, dtype=dtype) if spec.context else None
+        return ActionCondition(context, slots, slots == 0, spec.num_actions)
     if spec.num_mask_classes:
         return MaskCondition(torch.zeros(1, *spec.image_shape[1:], dtype=torch.long), spec.num_mask_classes)
     return None
@@ -91,12 +103,13 @@ def _describe(
     }
     flops, kept = {}, 0
     for name, (module, forward) in trained.items():
-        flops[name], saved = _cost(module, forward)
+        flops[name], saved = forward_cost(module, forward)
         kept += saved
     size = float_type(run.train.precision).itemsize
     learnt = sum(parameters[name]["trainable"] for name in trained)
     main = parameters[next(iter(trained))]["trainable"]
-    state = size * (sum(p["total"] for p in parameters.values()) + 3 * learnt + len(run.ema.decays) * main)
+    averages = (len(run.ema.decays) + len(run.ema.power)) * main
+    state = size * (sum(p["total"] for p in parameters.values()) + 3 * learnt + averages)
     return {
         "shapes": {name: list(x.shape[1:]) for name, x in shapes.items()},
         "parameters": parameters,
@@ -105,7 +118,7 @@ def _describe(
     }
 
 
-def _cost(module: nn.Module, forward: Callable[[], Any]) -> tuple[int, int]:
+def forward_cost(module: nn.Module, forward: Callable[[], Any]) -> tuple[int, int]:
     """Floating-point operations of a forward, and the bytes that it keeps for backward besides the weights."""
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, int] = {}

@@ -112,18 +112,27 @@ def load_stage1(stage1: Stage1Model, path: str | None, where: str = "stage1_chec
     if path is None:
         if not stage1.pretrained and any(True for _ in stage1.parameters()):
             raise BadInput(f"{where}: expected a run or checkpoint folder for {type(stage1).__name__}, got null")
+    elif (Path(path) / "stage1" / "model.safetensors").exists():  # a folder that `python -m rqvae export` wrote
+        checkpoint.load_into(stage1, checkpoint.read(Path(path), "stage1/model"), f"{path}/stage1/model.safetensors")
     else:
         load_evaluated(stage1, "stage1", Path(path))
     return checkpoint.tensors_sha256(stage1.state_dict())
 
 
-def load_evaluated(module: nn.Module, name: str, path: Path) -> Path:
-    """Load a module's evaluated weights (its first EMA where the run has one) and return the checkpoint's folder."""
+def load_evaluated(module: nn.Module, name: str, path: Path, weights: str | None = None) -> Path:
+    """Load a module's weights and return the checkpoint's folder.
+
+    Args:
+        module: of the architecture that the run has.
+        name: of its file, for example stage1.
+        path: run or checkpoint folder.
+        weights: `model` or an average such as `ema_0.999`; None is what the run evaluates (its first EMA, if any).
+    """
     folder = checkpoint.find(path)
-    meta = checkpoint.read_meta(folder)
+    chosen = checkpoint.weights_of(folder, weights)
     tensors = checkpoint.read(folder, f"model/{name}")
-    if meta["evaluate"] != "model":
-        tensors |= checkpoint.read(folder, f"{meta['evaluate']}/{name}")
+    if chosen != "model":
+        tensors |= checkpoint.read(folder, f"{chosen}/{name}")
     own = module.state_dict()
     tensors = {k: v.to(own[k].dtype) if k in own else v for k, v in tensors.items()}
     checkpoint.load_into(module, tensors, str(folder / "model" / name))

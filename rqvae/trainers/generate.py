@@ -76,6 +76,8 @@ def condition_of(spec: DataSpec, labels_b: Tensor | None) -> Condition | None:
         return None
     if spec.num_classes:
         return ClassCondition(labels_b, spec.num_classes)
+    if spec.context:
+        raise BadInput("sample: expected a model of single images, this one continues frames (python -m rqvae rollout)")
     slots = max(1, spec.history)
     actions_bk = torch.full((len(labels_b), slots), spec.num_actions)
     actions_bk[:, -1] = labels_b

@@ -13,9 +13,13 @@ from torch import nn
 
 from rqvae.backends import Backend, Precision
 from rqvae.errors import BadInput, RunFailed
+from rqvae.img_datasets.latent_cache import LatentCache
+from rqvae.models.blocks import recompute_activations
 from rqvae.models.ema import EMA
+from rqvae.models.interfaces import Stage1Model, Stage2Model
+from rqvae.models.power_ema import PowerEMA
 from rqvae.randomness import Draw
-from rqvae.trainers.settings import EmaSettings
+from rqvae.trainers.settings import EmaSettings, TrainSettings
 from rqvae.trainers.updates import Update
 
 
@@ -34,6 +38,7 @@ class Parts:
         facts: goes into every checkpoint's meta.json.
         must_match: facts that a resumed run must share.
         before_start: done once, on a run that starts at step 0.
+        latents: cached latents that the train split gives in place of images.
     """
 
     modules: Mapping[str, nn.Module]
@@ -46,6 +51,7 @@ class Parts:
     facts: dict[str, Any] = field(default_factory=dict)
     must_match: tuple[str, ...] = ()
     before_start: Callable[[], None] | None = None
+    latents: LatentCache | None = None
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:
@@ -65,9 +71,30 @@ def float_type(precision: Precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
+def prepare_blocks(model: Stage1Model | Stage2Model, train: TrainSettings, backend: Backend) -> None:
+    """Checkpoint and compile the model's repeated blocks as the config asks; in this order, and before `wrap`.
+
+    Weights keep their names and their tensors, so that averages, optimizers and checkpoints need not know.
+    """
+    blocks = model.repeated_blocks()
+    if train.activation_checkpointing == "blocks":
+        recompute_activations(blocks)
+    for block in blocks if train.compile else ():
+        backend.compile(block)
+
+
+def check_blocks(model: Stage1Model | Stage2Model, train: TrainSettings) -> None:
+    """That the model has blocks where the config asks for something to be done to them."""
+    asked = {"compile": train.compile, "activation_checkpointing": train.activation_checkpointing != "none"}
+    for key in (key for key, wanted in asked.items() if wanted and not model.repeated_blocks()):
+        raise BadInput(f"train.{key}: expected a model with repeated blocks, {type(model).__name__} has none")
+
+
 def make_ema(module: nn.Module, settings: EmaSettings) -> list[EMA]:
-    """One average for each decay."""
-    return [EMA(module, decay, settings.warmup) for decay in settings.decays]
+    """One average for each decay and each relative width; the one that is evaluated comes first."""
+    averages = [EMA(module, decay, settings.warmup) for decay in settings.decays]
+    averages += [PowerEMA(module, width) for width in settings.power]
+    return sorted(averages, key=lambda average: average.name != settings.evaluate)
 
 
 def on_main(backend: Backend, action: Callable[[], Any]) -> Any:

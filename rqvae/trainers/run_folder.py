@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import json
@@ -18,14 +19,20 @@ import torch
 import yaml
 
 from rqvae.errors import BadInput
+from rqvae.trainers.heartbeat import Heartbeat
 
-# Keys that say where and with how many processes a run is computed, not what is computed. Other data under another
-# path are told apart by their fingerprint, other Stage1 weights by their hash.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# Keys that say where, with how many processes and how watched a run is computed, not what is computed. Other data under
+# another path are told apart by their fingerprint, other Stage1 weights by their hash.
 _PLACE_KEYS = {
     "data.workers",
     "data.dataset.init_args.root",
+    "data.latents",
     "train.threads",
     "train.stop_check_seconds",
+    "train.peak_tflops",
+    "checkpoint.asynchronous",
+    "profile",
     "logging.progress",
     "lpips.trunk_weights",
     "stage1_checkpoint",
@@ -82,6 +89,14 @@ class RunPlace:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = self.parent / f"{self.run_name}_{stamp}"
         return folder if not folder.exists() else self.parent / f"{self.run_name}_{stamp}-{os.getpid()}"
+
+
+def name_of_run(folder: Path) -> str:
+    """RUN_NAME of a run's folder, `RUN_NAME_TIME`."""
+    name, _, time_of_start = folder.resolve().name.rpartition("_")
+    if not _is_time(time_of_start):
+        raise BadInput(f"{folder}: expected a run folder, named RUN_NAME_TIME")
+    return name
 
 
 def _is_time(text: str) -> bool:
@@ -160,31 +175,49 @@ def describe_environment(**more: Any) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "commit": commit,
         "argv": sys.argv,
+        "working_directory": os.getcwd(),  # what relative paths of the config are relative to
         **more,
     }
 
 
 class RunLock:
-    """An OS lock on the run's folder, freed by any death of the process that holds it."""
+    """A lock on the run's folder.
+
+    The OS's, freed by any death of the process that holds it; a heartbeat where the file system has no locks.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         self._file: IO[str] | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def acquire(self) -> None:
         """Raise BadInput when another process trains in this folder."""
         file = self.path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             file.close()
+            if error.errno in _NO_LOCKS:
+                heartbeat = Heartbeat(self.path.parent)
+                heartbeat.acquire()
+                self._heartbeat = heartbeat
+                return
             raise BadInput(
                 f"{self.path.parent}: another run is training in this folder (it holds {self.path})"
             ) from None
         self._file = file
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process holds it by now; only a heartbeat can be lost."""
+        return self._heartbeat is not None and self._heartbeat.lost
 
     def release(self) -> None:
         """Free the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._heartbeat is not None:
+            self._heartbeat.release()
+            self._heartbeat = None

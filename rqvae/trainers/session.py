@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 import torch
 
 from rqvae.backends import Backend
+from rqvae.errors import RunFailed
 from rqvae.trainers.run_folder import RunLock
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,12 @@ class Session:
 
         With several ranks the flag is reduced once in so many steps, a number that rank 0 measures and all share,
         such that it happens every `check_seconds`.
+
+        Raises:
+            RunFailed: the folder's lock is another process's by now.
         """
+        if self._lock and self._lock.lost:
+            raise RunFailed(f"{self.folder}: another process trains in this folder since this one was silent for long")
         if backend.world_size == 1:
             return bool(self.signal)
         if self._steps < self._next_check:

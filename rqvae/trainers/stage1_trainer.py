@@ -1,26 +1,31 @@
 """Training of an autoencoder: reconstruction, latent, perceptual and adversarial losses.
 
-One step is: forward, compute_loss, `loss_total + lpips_weight * loss_lpips + gan_weight * loss_gan`, update; a second
-forward without gradient on the same batch, discriminator update.
+One step is: forward, compute_loss, `loss_total + lpips_weight * loss_lpips + gan_weight * loss_gan` and `weight *
+loss_NAME` of each of the config's own losses, update; a second forward without gradient on the same batch,
+discriminator update.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from rqvae.backends import Backend
+from rqvae.backends import Backend, LossScaler
+from rqvae.contracts import check_shape, check_type
+from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
-from rqvae.models.interfaces import Stage1Model
+from rqvae.models.interfaces import Stage1Losses, Stage1Model, Stage1ModelOutput
 from rqvae.models.losses.adaptive import last_layer_weight, reconstruction_weight
 from rqvae.models.losses.gan import discriminator_loss, generator_loss
+from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.models.losses.lpips import LPIPSLoss
 from rqvae.run import GanSettings, Stage1Run
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid, reconstruction_scores
-from rqvae.trainers.parts import Parts, float_type, make_ema, on_main
+from rqvae.trainers.parts import Parts, float_type, make_ema, on_main, prepare_blocks
 from rqvae.trainers.updates import StepLosses, Update
 
 
@@ -38,6 +43,8 @@ class Stage1Objective:
         wrapped_discriminator: the one whose backward averages gradients.
         gan_starts: first step with an adversarial loss.
         clock: time.
+        losses: the config's own, frozen, on the device.
+        scaler: of the autoencoder's loss, in fp16.
     """
 
     backend: Backend
@@ -49,34 +56,64 @@ class Stage1Objective:
     wrapped_discriminator: nn.Module | None
     gan_starts: int
     clock: Clock
+    losses: Sequence[ImageLoss] = ()
+    scaler: LossScaler | None = None
     _recons: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def autoencoder_loss(self, batch: LabeledImageData, micro: int) -> StepLosses:
         """Total loss of the autoencoder on micro-batch number `micro` of the step."""
-        output = self.wrapped_stage1(batch)
-        losses, images = self.stage1.compute_loss(output, batch), batch.require_img()
-        total, recon = losses.loss_total, losses.loss_recon
+        output, images = self.wrapped_stage1(batch), batch.require_img()
+        check_type(output, Stage1ModelOutput, "stage1: forward")
+        check_shape(output.xs_recon, tuple(images.shape), "stage1: forward: xs_recon")
+        losses = self.stage1.compute_loss(output, batch)
+        check_type(losses, Stage1Losses, "stage1: compute_loss")
+        total = shown = losses.loss_total
+        recon = losses.loss_recon
         parts = {"loss_recon": losses.loss_recon, "loss_latent": losses.loss_latent}
         if self.lpips:
             parts["loss_lpips"] = self.lpips(output.xs_recon, images)
             total = total + self.lpips_weight * parts["loss_lpips"]
             recon = recon + self.lpips_weight * parts["loss_lpips"]
+        for loss in self.losses:
+            parts[f"loss_{loss.name}"] = term = self._own_loss(loss, output, batch)
+            total, recon = total + loss.weight * term, recon + loss.weight * term
         if self.gan and self.clock.step >= self.gan_starts:
             parts["loss_gan"] = generator_loss(self.gan.loss, self.gan.discriminator(output.xs_recon))
             weight = self.gan.weight * self._adaptive_factor(recon, parts["loss_gan"], output.xs_recon)
-            parts["gan_weight"] = weight
+            parts["gan_weight"] = self._unless_skipped(weight)
+            shown = total + parts["gan_weight"] * parts["loss_gan"]
             total = total + weight * parts["loss_gan"]
             if self.gan.reuse_forward:
                 self._recons[micro] = output.xs_recon.detach()
-        return StepLosses(total, {"loss_total": total, **parts})
+        else:
+            shown = total
+        return StepLosses(total, {"loss_total": shown, **parts})
+
+    def _own_loss(self, loss: ImageLoss, output: Stage1ModelOutput, batch: LabeledImageData) -> Tensor:
+        """A loss of the config's; without a gradient it would be logged and change nothing."""
+        term = loss(output, batch)
+        check_shape(term, (), f"losses: {type(loss).__name__}")
+        if torch.is_grad_enabled() and not term.requires_grad:
+            raise BadInput(f"losses: {type(loss).__name__}: expected a gradient to the model's output, got none")
+        return term
 
     def _adaptive_factor(self, recon: Tensor, adversarial: Tensor, xs_recon: Tensor) -> Tensor:
         assert self.gan is not None
+        scale = self.scaler.value if self.scaler else None
         if self.gan.weighting == "last_layer":
-            return last_layer_weight(recon, adversarial, self.stage1.get_last_layer(), self._mean)
+            return last_layer_weight(recon, adversarial, self.stage1.get_last_layer(), self._mean, scale)
         if self.gan.weighting == "reconstruction":
-            return reconstruction_weight(recon, adversarial, xs_recon, self._mean)
+            return reconstruction_weight(recon, adversarial, xs_recon, self._mean, scale)
         return torch.ones_like(recon)
+
+    def _unless_skipped(self, weight: Tensor) -> Tensor:
+        """The weight for the log: 0 where its fp16 gradients overflowed, a fault only once the scale is below 1.
+
+        The total keeps the NaN, for which the scaler skips the step.
+        """
+        if self.scaler is None:
+            return weight
+        return torch.where(weight.isfinite() | (self.scaler.value < 1), weight, 0.0)
 
     def _mean(self, x: Tensor) -> Tensor:
         return self.backend.all_reduce(x, "mean")
@@ -111,6 +148,7 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
     if run.train.channels_last:
         for module in (stage1, *([run.gan.discriminator] if run.gan else [])):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    prepare_blocks(stage1, run.train, backend)
     wrapped = backend.wrap(stage1)
     modules: dict[str, nn.Module] = {"stage1": stage1}
     starts, wrapped_discriminator = 0, None
@@ -119,12 +157,18 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         wrapped_discriminator = backend.wrap(modules["discriminator"])
         starts = clock.starting_at(run.gan.disc_start)
     weight = run.lpips.weight if run.lpips else 0.0
-    objective = Stage1Objective(backend, stage1, wrapped, lpips, weight, run.gan, wrapped_discriminator, starts, clock)
-    updates = [Update("autoencoder", stage1, wrapped, objective.autoencoder_loss, run.updates.autoencoder)]
+    scaler = backend.loss_scaler()
+    own = [loss.to(backend.device, dtype).requires_grad_(False).eval() for loss in run.losses]
+    objective = Stage1Objective(
+        backend, stage1, wrapped, lpips, weight, run.gan, wrapped_discriminator, starts, clock, own, scaler
+    )
+    loss, settings = objective.autoencoder_loss, run.updates.autoencoder
+    updates = [Update("autoencoder", stage1, wrapped, loss, settings, scaler=scaler)]
     if wrapped_discriminator is not None:
         loss, settings = objective.discriminator_loss, run.updates.discriminator
         module = modules["discriminator"]
-        updates.append(Update("discriminator", module, wrapped_discriminator, loss, settings, starts))
+        wrapped = wrapped_discriminator
+        updates.append(Update("discriminator", module, wrapped, loss, settings, starts, scaler=backend.loss_scaler()))
     val = SplitWalk(run.data, "val", backend, dtype)
     return Parts(
         modules=modules,

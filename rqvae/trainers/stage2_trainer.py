@@ -16,6 +16,7 @@ from torch import nn
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.img_datasets.latent_cache import LatentCache
 from rqvae.metrics.grids import image_grid
 from rqvae.models.connectors.statistics import ChannelStatistics
 from rqvae.models.interfaces import base_connector
@@ -23,9 +24,10 @@ from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import Draw, fold, generator, normal
 from rqvae.run import Stage2Run
 from rqvae.trainers import checkpoint
+from rqvae.trainers.cache_latents import open_verified
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
-from rqvae.trainers.parts import Parts, float_type, make_ema
+from rqvae.trainers.parts import Parts, float_type, make_ema, prepare_blocks
 from rqvae.trainers.updates import StepLosses, Update
 
 log = logging.getLogger(__name__)
@@ -74,43 +76,54 @@ def join_draws(*parts: dict[str, Draw]) -> dict[str, Draw]:
 def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG001  (the same signature as Stage1's)
     """Models, updates and pictures of a Stage2 run, on this rank's device."""
     stage1_hash = load_stage1(run.stage1, run.stage1_checkpoint)
+    latents = open_verified(run.data, run.stage1, stage1_hash, backend)
     dtype = float_type(run.train.precision)
     two_stage = make_two_stage(run).to(backend.device, dtype)
     two_stage.stage2.train()
+    prepare_blocks(two_stage.stage2, run.train, backend)
     wrapped = backend.wrap(two_stage.stage2)
     objective = Stage2Objective(two_stage, wrapped)
     image_shape = run.data.make("train")[0].spec.image_shape
     draws = join_draws(run.stage1.draws(image_shape), two_stage.stage2.draws(two_stage.latent_shape))
     val = SplitWalk(run.data, "val", backend, dtype)
+    stage2, settings, scaler = two_stage.stage2, run.updates.generator, backend.loss_scaler()
+    update = Update("generator", stage2, wrapped, objective.loss, settings, scaler=scaler)
     return Parts(
         modules={"stage2": two_stage.stage2, "connector": two_stage.connector},
-        updates=[Update("generator", two_stage.stage2, wrapped, objective.loss, run.updates.generator)],
+        updates=[update],
         ema=make_ema(two_stage.stage2, run.ema),
         draws=draws,
         counted={"stage1": run.stage1, "connector": two_stage.connector, "stage2": two_stage.stage2},
         picture=("samples", lambda: sample_grid(two_stage, val, run.pictures.images, run.train.seed)),
         evaluate=None,
-        facts={"stage": 2, "model": type(two_stage.stage2).__qualname__, "stage1_sha256": stage1_hash},
-        must_match=("stage1_sha256",),
+        facts={
+            "stage": 2,
+            "model": type(two_stage.stage2).__qualname__,
+            "stage1_sha256": stage1_hash,
+            "latents_rounded_to": latents and latents.rounded_to,
+        },
+        must_match=("stage1_sha256", "latents_rounded_to"),
         before_start=lambda: estimate_statistics(
-            two_stage, SplitWalk(run.data, "train", backend, dtype, run.stage1.draws(image_shape))
+            two_stage, SplitWalk(run.data, "train", backend, dtype, run.stage1.draws(image_shape)), latents
         ),
+        latents=latents,
     )
 
 
-def load_two_stage(run: Stage2Run, path: Path) -> TwoStage:
+def load_two_stage(run: Stage2Run, path: Path, weights: str | None = None) -> TwoStage:
     """A trained model, with the weights that are evaluated (EMA), in eval mode on the host.
 
     Args:
         run: the experiment, for example read from the run's own config.yaml.
         path: run or checkpoint folder.
+        weights: of the generator; None is what the run evaluates, see `load_evaluated`.
 
     Raises:
         BadInput: other Stage1 weights than it was trained on, or another architecture.
     """
     stage1_hash = load_stage1(run.stage1, run.stage1_checkpoint)
     two_stage = make_two_stage(run)
-    folder = load_evaluated(two_stage.stage2, "stage2", path)
+    folder = load_evaluated(two_stage.stage2, "stage2", path, weights)
     trained_on = checkpoint.read_meta(folder)["stage1_sha256"]
     if trained_on != stage1_hash:
         raise BadInput(
@@ -121,13 +134,18 @@ def load_two_stage(run: Stage2Run, path: Path) -> TwoStage:
 
 
 @torch.no_grad()
-def estimate_statistics(two_stage: TwoStage, walk: SplitWalk) -> None:
+def estimate_statistics(two_stage: TwoStage, walk: SplitWalk, latents: LatentCache | None = None) -> None:
     """Give the connector the per-channel mean and std of Stage1's latents over the split, in one pass on all ranks.
+
+    A latent cache has them already: the same numbers, but for its rounding.
 
     The latents are those that training sees, with the posterior's noise: the std of the means alone is too small by the
     noise's share (0.12 against 1.0 in a channel that the KL loss had all but switched off).
     """
     if not two_stage.connector.needs_statistics():
+        return
+    if latents is not None:
+        two_stage.connector.set_statistics(*latents.statistics())
         return
     statistics, backend = ChannelStatistics(), walk.backend
     log.info("estimating the latents' mean and std over %d images", len(walk.stream))

@@ -17,10 +17,13 @@ from rqvae.errors import BadInput, RunFailed
 from rqvae.models.ema import EMA
 from rqvae.trainers import checkpoint
 from rqvae.trainers.clock import Clock
+from rqvae.trainers.finite import first_not_finite
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.nonfinite import Skips
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.settings import CheckpointSettings
 from rqvae.trainers.updates import Update
+from rqvae.trainers.writing import BackgroundWriter, host_copy
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class TrainState:
         modules: bare modules by name, for example `stage1` and `discriminator`.
         ema: averages of the first module.
         updates: their optimizers are saved under the update's name.
-        meter: sums since the last row.
+        meter: sums since the last row; `skips` are the updates that were left out.
         facts: goes into meta.json; `must_match` names those that a resumed run must share.
     """
 
@@ -46,27 +49,62 @@ class TrainState:
     facts: dict[str, Any]
     must_match: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.skips = Skips([update.name for update in self.updates], self.backend.device)
+        self._best: dict[str, Any] | None = None
+        self._writer = BackgroundWriter()
+
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Tensors by file name."""
         main = next(iter(self.modules))
+        skips = self.skips.state_dict()
         return {
             **{f"model/{name}": module.state_dict() for name, module in self.modules.items()},
             **{f"{ema.name}/{main}": ema.state_dict() for ema in self.ema},
             **{f"optimizer/{update.name}": update.state_dict() for update in self.updates},
+            **({"log/skips": skips} if skips else {}),
         }
 
+    def is_best(self, values: Mapping[str, float], step: int, settings: CheckpointSettings) -> bool:
+        """Whether a row has the best value so far of `checkpoint.best`, which the next checkpoint then remembers.
+
+        Every rank calls it with a row of the same names.
+        """
+        rule = settings.best
+        if rule is None or rule.metric not in values:
+            return False
+        known = self._best if self._best and self._best["metric"] == rule.metric else None
+        value = values[rule.metric]
+        # rank 0 decides: a value that differs between ranks, such as a speed, must not send one of them to save alone
+        if not self.backend.broadcast(rule.better(value, known["value"] if known else None)):
+            return False
+        self._best = {"metric": rule.metric, "value": value, "step": step}
+        return True
+
     def save(self, run: Path, clock: Clock, settings: CheckpointSettings) -> None:
-        """Write a checkpoint of the present step and remove those that need not stay. Every rank calls it."""
+        """Write a checkpoint of the present step and remove those that need not stay. Every rank calls it.
+
+        Raises:
+            RunFailed: something of it is not finite, or it cannot be written; with `checkpoint.asynchronous`, also
+                where the one before could not be written.
+        """
         sums, counts = self.meter.state()
-        if bad := [key for key, value in sums.items() if not bool(value.isfinite())]:
+        groups = {"log/sums": sums, **self.tensors()}
+        if bad := first_not_finite(self.backend, groups):
             last = self.last_good(run)
-            raise RunFailed(f"step {clock.step}: {', '.join(bad)} is not finite; the last good checkpoint is {last}")
-        on_main(self.backend, lambda: self._write(run, clock, settings, sums, counts))
+            raise RunFailed(f"step {clock.step}: {bad} is not finite; the last good checkpoint is {last}")
+        on_main(self.backend, lambda: self._write(run, clock, settings, groups, counts))
 
     def _write(
-        self, run: Path, clock: Clock, settings: CheckpointSettings, sums: dict[str, Tensor], counts: dict[str, int]
+        self,
+        run: Path,
+        clock: Clock,
+        settings: CheckpointSettings,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        counts: dict[str, int],
     ) -> None:
-        folder = run / "checkpoints" / f"step_{clock.step:08d}"
+        self._writer.wait()
+        folder = _folder(run, clock.step)
         if checkpoint.is_good(folder):
             return
         meta = {
@@ -75,11 +113,48 @@ class TrainState:
             "log_counts": counts,
             "world_size": self.backend.world_size,
             "time": time.time(),
+            **({"best": self._best} if self._best else {}),
             **self.facts,
         }
-        checkpoint.save(folder, {**self.tensors(), "log/sums": sums}, meta)
-        checkpoint.prune(run, settings.keep_last, self._kept(run, settings, clock))
-        log.info("checkpoint %s", folder)
+        best = {_folder(run, self._best["step"])} if self._best and settings.best else set()
+
+        def write(copied: bool) -> None:
+            checkpoint.save(folder, groups, meta, copied)
+            checkpoint.prune(run, settings.keep_last, best | self._kept(run, settings, clock))
+            log.info("checkpoint %s", folder)
+
+        if settings.asynchronous:
+            checkpoint.check_room(folder, groups)
+            groups = host_copy(groups)
+            self._writer.submit(lambda: write(copied=True))
+        else:
+            write(copied=False)
+
+    def finish_writing(self) -> None:
+        """Wait for a checkpoint that is being written; every rank calls it, and gets the error if there is one."""
+        on_main(self.backend, self._writer.wait)
+
+    def settle(self) -> None:
+        """Wait for it where another error is on its way."""
+        self._writer.settle()
+
+    def warn_of_small_disk(self, run: Path, settings: CheckpointSettings) -> None:
+        """Say so where the disk has no room for the checkpoints that will lie side by side."""
+        if self.backend.rank:
+            return
+        # an optimizer has no state before its first step: AdamW keeps two moments
+        moments = sum(2 * p.nbytes for update in self.updates for p in update.params if not update.optimizer.state)
+        one, free = checkpoint.size_of(self.tensors()) + moments, checkpoint.free_bytes(run)
+        needed = one * (settings.keep_last + 1)
+        if free is not None and free < needed:
+            log.warning(
+                "%s: %d checkpoints of %s need %s (one is written before the oldest goes), the disk has %s free",
+                run,
+                settings.keep_last + 1,
+                checkpoint.in_words(one),
+                checkpoint.in_words(needed),
+                checkpoint.in_words(free),
+            )
 
     @staticmethod
     def _kept(run: Path, settings: CheckpointSettings, clock: Clock) -> set[Path]:
@@ -115,6 +190,10 @@ class TrainState:
         for update in self.updates:
             tensors = checkpoint.read(folder, f"optimizer/{update.name}")
             update.load_state_dict({k: v.to(self.backend.device) for k, v in tensors.items()})
+        if "log/skips" in checkpoint.groups(folder):
+            skips = checkpoint.read(folder, "log/skips")
+            self.skips.load_state_dict({k: v.to(self.backend.device) for k, v in skips.items()})
+        self._best = meta.get("best")
         sums = checkpoint.read(folder, "log/sums")
         self.meter.load_state({k: v.to(self.backend.device) for k, v in sums.items()}, meta["log_counts"])
         clock.load_state_dict(meta["clock"])
@@ -130,3 +209,7 @@ class TrainState:
             else:
                 return folder
         return None
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import Intervention, Observer
 from rqvae.durations import Duration
-from rqvae.errors import RunFailed
+from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.feed import Feed
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.models.ema import EMA
@@ -24,6 +24,7 @@ from rqvae.randomness import Draw, fill_batch, fold
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.nonfinite import Skips
 from rqvae.trainers.session import Session
 from rqvae.trainers.settings import CheckpointSettings, TrainSettings
 from rqvae.trainers.state import TrainState
@@ -63,6 +64,8 @@ class Trainer:
     rank_draws: Mapping[str, Draw] = field(default_factory=dict)
     meter: Meter = field(init=False)
     _row: dict[str, Tensor | float] = field(default_factory=dict, init=False)
+    _applied: Tensor | None = field(default=None, init=False)
+    _is_best: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.meter = self.state.meter
@@ -82,6 +85,7 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the end; False when a signal stopped the run before it, after a checkpoint."""
         with self.session:
+            self.state.warn_of_small_disk(self.folder, self.checkpoints)
             self.notify("on_fit_start")
             try:
                 while self.clock.step < self.clock.total_steps and not self.session.stopping(self.backend):
@@ -89,7 +93,9 @@ class Trainer:
                 finished = self.clock.step >= self.clock.total_steps
                 if not finished:
                     self.save()
+                self.state.finish_writing()
             finally:
+                self.state.settle()
                 self.feed.close()
                 self.notify("on_fit_end")
         return finished
@@ -100,12 +106,12 @@ class Trainer:
         self.notify("before_step", micros)
         losses = self.optimise(micros)
         for ema in self.ema:
-            ema.update(self.clock.step)
+            ema.update(self.clock.step, self._applied)
         self.clock.tick()
         self.backend.mark_step()  # the training graph ends here: observers are not traced into it
         self.notify("after_step", losses)
         self.write_row()
-        if self.clock.due(self._save_every):
+        if self.clock.due(self._save_every) or self._is_best:
             self.save()
 
     def _with_draws(self, micros: list[LabeledImageData]) -> list[LabeledImageData]:
@@ -123,26 +129,39 @@ class Trainer:
         for update in self.updates:
             if self.clock.step < update.starts:
                 continue
-            lr = update.schedule(self.clock)
+            lr, observed = update.schedule(self.clock), []
             with only_grads(update, among=self.updates):
                 for m, micro in enumerate(micros):
                     last = m == len(micros) - 1
                     with self.backend.accumulate(update.wrapped, sync=last):
                         with self.backend.autocast():
                             losses = update.loss(micro, m)
-                        self.backend.backward(losses.total / len(micros))
-                    self.meter.add(losses.parts)
-                    for name, part in losses.parts.items():
-                        logged[name] = logged.get(name, 0) + part.detach() / len(micros)
+                        self.backend.backward(losses.total / len(micros), update.scaler)
+                    observed.append({name: part.detach() for name, part in losses.parts.items()})
+                    for name, part in observed[-1].items():
+                        logged[name] = logged.get(name, 0) + part / len(micros)
                 self.backend.reduce(update.params)
+                update.unscale()
                 self.notify("after_backward", update)
                 for intervention in self.interventions:
                     intervention.before_update(self, update)
-                norm = self.backend.step(update.optimizer, update.params, clip=update.settings.clip)
+                norm, applied = self._apply(update)
             suffix = "" if update is self.updates[0] else f"_{update.name}"
-            self.meter.add({f"grad_norm{suffix}": norm})
+            for values in (*observed, {f"{name}{suffix}": x for name, x in update.figures(norm).items()}):
+                self.meter.add(values, applied=applied)
             self._row[f"train/lr{suffix}"] = lr
         return logged
+
+    def _apply(self, update: Update) -> tuple[Tensor, Tensor | None]:
+        """Change the weights; the gradients' norm, and whether they were changed (None: they always are)."""
+        limit, settings = self.train.skip_nonfinite, update.settings
+        norm = self.backend.step(
+            update.optimizer, update.params, clip=settings.clip, scaler=update.scaler, only_finite=limit > 0
+        )
+        applied = self.state.skips.judge(update.name, norm, self.clock.step + 1, limit) if limit else None
+        if update is self.updates[0]:
+            self._applied = applied
+        return norm, applied
 
     def notify(self, event: str, *values: object) -> None:
         """Tell every observer."""
@@ -164,24 +183,55 @@ class Trainer:
         due = self.clock.due(self._log_every)
         if not due and len(rates) == len(self._row):
             return
-        row = {**(self.meter.means() if due else {}), **{k: v for k, v in self._row.items() if due or k not in rates}}
+        row = {**(self._means() if due else {}), **{k: v for k, v in self._row.items() if due or k not in rates}}
         self._row = {}
+        if due:
+            self._check_best(row)
         tensors = {k: v for k, v in row.items() if isinstance(v, Tensor)}
         numbers = {k: v for k, v in row.items() if not isinstance(v, Tensor)}
         moment = {"step": self.clock.step, "images": self.clock.images, "epoch": self.clock.epoch}
         self.backend.when_ready(lambda **values: self._log_values(moment, {**values, **numbers}), **tensors)
 
+    def _check_best(self, row: Mapping[str, object]) -> None:
+        rule = self.checkpoints.best
+        whole = all(self.clock.step > update.starts for update in self.updates)
+        if rule and whole and rule.metric.startswith("train/") and rule.metric not in row:
+            raise BadInput(f"checkpoint.best.metric: expected one of {', '.join(sorted(row))}, got {rule.metric}")
+
+    def _means(self) -> dict[str, Tensor]:
+        return {**self.meter.means(), **self.state.skips.row()}
+
     def _log_values(self, moment: dict[str, float], values: dict[str, float]) -> None:
+        marks = {k: values.pop(k) for k in list(values) if k in self.state.skips.marks()}
         if self.run_log:
             self.run_log.write({**moment, "time": round(time.time(), 3)}, values)
+        self._stop_if_exceeded(marks)
+        self._is_best |= self.state.is_best(values, int(moment["step"]), self.checkpoints)
         bad = [k for k, v in values.items() if k.startswith("train/") and not math.isfinite(v)]
-        if bad:
-            last = self.state.last_good(self.folder)
-            where = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        # a value whose every observation in the row belongs to updates that were left out has no mean
+        if bad and not Skips.any_in(values):
             since = moment["images"] - self.clock.batch_size * self.clock.steps_of(self._log_every)
             samples = f"samples {max(0, int(since))} to {int(moment['images']) - 1} of the stream"
-            raise RunFailed(f"step {moment['step']}: {', '.join(bad)} is not finite ({samples}); {where}")
+            what = f"step {moment['step']}: {', '.join(bad)} is not finite ({samples})"
+            raise RunFailed(f"{what}; {self._where_to_go_on()}")
+
+    def _stop_if_exceeded(self, values: dict[str, float]) -> None:
+        limit = self.train.skip_nonfinite
+        for name, step in Skips.exceeded(values).items():
+            first = (step - limit - 1) * self.clock.batch_size
+            raise RunFailed(
+                f"step {step}: update {name}: the gradients were not finite in {limit + 1} steps in a row, from step "
+                f"{step - limit} on (samples {first} to {step * self.clock.batch_size - 1} of the stream); expected at "
+                f"most train.skip_nonfinite = {limit}; {self._where_to_go_on()}"
+            )
+
+    def _where_to_go_on(self) -> str:
+        last = self.state.last_good(self.folder)
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
     def save(self) -> None:
         """Write a checkpoint of the present step; every rank calls it."""
+        self._is_best = False
+        if marks := self.state.skips.marks():
+            self.backend.when_ready(lambda **values: self._stop_if_exceeded(values), **marks)
         self.state.save(self.folder, self.clock, self.checkpoints)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from rqvae.backends import LossScaler
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.trainers.clock import Clock
@@ -63,6 +64,7 @@ class UpdateSettings:
             raise BadInput(f"clip: expected more than 0 or null, got {self.clip}")
 
 
+_SCALER = "loss_scaler"
 MakeOptimizer = Callable[[Sequence[nn.Parameter], UpdateSettings], torch.optim.Optimizer]
 
 
@@ -89,6 +91,7 @@ class Update:
         loss: of a micro-batch and its number in the step.
         settings: optimizer settings.
         starts: first optimizer step (0 is the run's first) at which this update is done.
+        scaler: of the loss, in fp16.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Update:
     settings: UpdateSettings
     starts: int = 0
     make_optimizer: MakeOptimizer = fused_adamw
+    scaler: LossScaler | None = None
     params: list[nn.Parameter] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
 
@@ -114,10 +118,20 @@ class Update:
             group["lr"] = lr
         return lr
 
+    def unscale(self) -> None:
+        """Divide the gradients by the loss scale where there is one: from here on they are the loss's own."""
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+
+    def figures(self, norm: Tensor) -> dict[str, Tensor]:
+        """What a row of the log says of a step with gradients of this norm: scalars on the device."""
+        return {"grad_norm": norm} | ({"loss_scale": self.scaler.value} if self.scaler else {})
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's tensors, named `parameter.state` by the module's own parameter names."""
+        """The optimizer's tensors, named `parameter.state` by the module's own parameter names; the scaler's."""
         names = {id(p): name for name, p in self.module.named_parameters()}
-        return {
+        scale = self.scaler.state_dict() if self.scaler else {}
+        return {f"{_SCALER}.{key}": value for key, value in scale.items()} | {
             f"{names[id(p)]}.{key}": value
             for p, state in self.optimizer.state.items()
             for key, value in state.items()
@@ -125,15 +139,24 @@ class Update:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the optimizer's tensors of a checkpoint; an empty dict belongs to an update that had not started."""
+        """Take the optimizer's tensors of a checkpoint; an empty dict belongs to an update that had not started.
+
+        A loss scale begins anew where the checkpoint has none, and is left where this run needs none.
+        """
         names = {name: p for name, p in self.module.named_parameters()}
         self.optimizer.state.clear()
+        scale = {}
         for full, value in state.items():
             name, _, key = full.rpartition(".")
+            if name == _SCALER:
+                scale[key] = value
+                continue
             p = names[name]
             # In the parameter's memory format and type: fused AdamW walks both memories side by side, so that a
             # contiguous moment beside a channels_last weight would be read permuted.
             self.optimizer.state[p][key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.clone()
+        if self.scaler and scale:
+            self.scaler.load_state_dict(scale)
 
 
 @contextlib.contextmanager

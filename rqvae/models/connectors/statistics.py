@@ -43,16 +43,19 @@ class ChannelStatistics:
         if valid_b is not None:
             zs = zs[valid_b.to("cpu", torch.bool)]
         values_cn = zs.movedim(channel_axis(zs.shape[1:]), 0).flatten(1)
+        mean_c = values_cn.mean(1) if values_cn.shape[1] else values_cn.new_zeros(len(values_cn))
+        self.merge(values_cn.shape[1], mean_c, (values_cn - mean_c[:, None]).square().sum(1))
+
+    def merge(self, count: int, mean_c: Tensor, m2_c: Tensor) -> None:
+        """Add `count` values per channel of which mean (C,) and centred sum of squares (C,) are known, float64."""
         if self.mean_c is None or self.m2_c is None:
-            self.mean_c, self.m2_c = values_cn.new_zeros(len(values_cn)), values_cn.new_zeros(len(values_cn))
-        if values_cn.shape[1] == 0:
+            self.mean_c, self.m2_c = torch.zeros_like(mean_c), torch.zeros_like(m2_c)
+        if count == 0:
             return
-        mean_c = values_cn.mean(1)
-        total = self.count + values_cn.shape[1]
-        share = values_cn.shape[1] / total
+        total = self.count + count
+        share = count / total
         difference_c = mean_c - self.mean_c
-        within_c = (values_cn - mean_c[:, None]).square().sum(1)
-        self.m2_c = self.m2_c + within_c + difference_c.square() * self.count * share
+        self.m2_c = self.m2_c + m2_c + difference_c.square() * self.count * share
         self.mean_c = self.mean_c + difference_c * share
         self.count = total
 

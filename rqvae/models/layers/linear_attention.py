@@ -7,6 +7,8 @@ N tokens in row-major order, D width, H heads, d = D / H, L condition tokens.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everyone knows)
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ def relu_linear_attention(q_bhnd: Tensor, k_bhnd: Tensor, v_bhnd: Tensor) -> Ten
         (B, H, N, d) in the queries' type; zero for a query without a positive part.
     """
     dtype = torch.promote_types(q_bhnd.dtype, torch.float32)
-    with torch.autocast(q_bhnd.device.type, enabled=False):
+    # the meta device, where shapes are checked, knows no autocast
+    with contextlib.nullcontext() if q_bhnd.is_meta else torch.autocast(q_bhnd.device.type, enabled=False):
         q, k, v = F.relu(q_bhnd).to(dtype), F.relu(k_bhnd).to(dtype), v_bhnd.to(dtype)
         weighted = q @ (k.transpose(-1, -2) @ v)
         weight = q @ k.sum(-2, keepdim=True).transpose(-1, -2)

@@ -21,22 +21,31 @@ LIMIT = 1e4
 Mean = Callable[[Tensor], Tensor]
 
 
-def _gradients(recon_loss: Tensor, gan_loss: Tensor, at: Tensor) -> Tensor:
+def _gradients(recon_loss: Tensor, gan_loss: Tensor, at: Tensor, scale: Tensor | None) -> Tensor:
     """(2, ...) gradients of both losses at `at`, in at least fp32, without a graph of their own.
 
-    The losses' graph is kept for the step's backward.
+    The losses' graph is kept for the step's backward. The scale is for fp16, whose smallest number is 6e-8: a mean over
+    32 images of 256 px has gradients of 1.6e-7.
     """
-    pair = torch.stack([torch.autograd.grad(loss, at, retain_graph=True)[0] for loss in (recon_loss, gan_loss)])
-    return pair.to(torch.promote_types(pair.dtype, torch.float32))
+    losses = [loss if scale is None else loss * scale for loss in (recon_loss, gan_loss)]
+    pair = torch.stack([torch.autograd.grad(loss, at, retain_graph=True)[0] for loss in losses])
+    pair = pair.to(torch.promote_types(pair.dtype, torch.float32))
+    return pair if scale is None else pair / scale
 
 
 def _ratio(norms: Tensor) -> Tensor:
     recon_norm, gan_norm = norms
-    return (recon_norm / (gan_norm + EPS)).clamp(0, LIMIT)
+    ratio = (recon_norm / (gan_norm + EPS)).clamp(0, LIMIT)
+    # a gradient that overflowed would otherwise be weighed by 0 or by the limit, as if that had been measured
+    return ratio.masked_fill(~norms.isfinite().all(), torch.nan)
 
 
-def last_layer_weight(recon_loss: Tensor, gan_loss: Tensor, last_layer: nn.Parameter, mean: Mean) -> Tensor:
+def last_layer_weight(
+    recon_loss: Tensor, gan_loss: Tensor, last_layer: nn.Parameter, mean: Mean, scale: Tensor | None = None
+) -> Tensor:
     """Ratio of the norms of the whole batch's gradients at the decoder's last layer, a scalar in [0, 1e4], detached.
+
+    NaN where a gradient is not finite.
 
     The gradients are averaged over processes before their norms are taken (one collective of twice the layer's size):
     the mean of local norms would be too large, most of all for the noisier gradient.
@@ -46,11 +55,15 @@ def last_layer_weight(recon_loss: Tensor, gan_loss: Tensor, last_layer: nn.Param
         gan_loss: the generator's GAN loss of the local batch, unweighted; scalar.
         last_layer: `Stage1Model.get_last_layer()`; both losses must depend on it.
         mean: mean over processes.
+        scale: of the losses while gradients are computed, scalar, where that is in fp16; it is divided out.
     """
-    return _ratio(torch.linalg.vector_norm(mean(_gradients(recon_loss, gan_loss, last_layer)).flatten(1), dim=1))
+    gradients = mean(_gradients(recon_loss, gan_loss, last_layer, scale))
+    return _ratio(torch.linalg.vector_norm(gradients.flatten(1), dim=1))
 
 
-def reconstruction_weight(recon_loss: Tensor, gan_loss: Tensor, xs_recon: Tensor, mean: Mean) -> Tensor:
+def reconstruction_weight(
+    recon_loss: Tensor, gan_loss: Tensor, xs_recon: Tensor, mean: Mean, scale: Tensor | None = None
+) -> Tensor:
     """Ratio of the norms of the whole batch's gradients at the reconstructed images, a scalar in [0, 1e4], detached.
 
     Needs no parameter, so it works with any decoder and with sharded weights, and two numbers are communicated.
@@ -65,6 +78,7 @@ def reconstruction_weight(recon_loss: Tensor, gan_loss: Tensor, xs_recon: Tensor
         gan_loss: the generator's GAN loss of the local batch, unweighted; scalar.
         xs_recon: (B, 3, H, W), the tensor both losses were computed from.
         mean: mean over processes.
+        scale: see `last_layer_weight`.
     """
-    gradients = _gradients(recon_loss, gan_loss, xs_recon).flatten(1)
+    gradients = _gradients(recon_loss, gan_loss, xs_recon, scale).flatten(1)
     return _ratio(mean(xs_recon.numel() * gradients.square().sum(1)).sqrt())

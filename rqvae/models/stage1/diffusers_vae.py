@@ -6,6 +6,8 @@ what the model's own pipelines normalise them, and the `ScaleShift` connector do
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,12 @@ class DiffusersStage1(Stage1Model):
         """The scale in the model's config.json, see `rqvae.models.stage1.diffusers_source.latent_scale`."""
         return self._scale
 
+    def save_source(self, folder: Path) -> None:
+        """Write what the constructor takes as `source`, with the present weights."""
+        # diffusers keeps the path it loaded from; a folder that is shared has no use for it
+        self.vae.register_to_config(_name_or_path="")
+        self.vae.save_pretrained(folder, safe_serialization=True)
+
     def get_last_layer(self) -> nn.Parameter:
         """The weight of the decoder's last convolution, which the models register last."""
         convolutions = [module for module in self.vae.decoder.modules() if isinstance(module, nn.Conv2d)]
@@ -148,9 +156,14 @@ class AutoencoderKLStage1(DiffusersStage1):
         moments_bchw = moments_bchw.to(torch.promote_types(moments_bchw.dtype, torch.float32))
         mu_bchw, logvar_bchw = moments_bchw.chunk(2, dim=1)
         logvar_bchw = logvar_bchw.clamp(-30, 20)
-        posterior_bchw = (inputs.draws or {}).get("posterior") if self.sample_posterior else None
-        zs_bchw = mu_bchw if posterior_bchw is None else mu_bchw + (logvar_bchw / 2).exp() * posterior_bchw
-        return Stage1Encodings(zs=zs_bchw, additional_attr={"mu": mu_bchw, "logvar": logvar_bchw})
+        return self.with_draws(Stage1Encodings(mu_bchw, {"mu": mu_bchw, "logvar": logvar_bchw}), inputs.draws)
+
+    def with_draws(self, encodings: Stage1Encodings, draws: Mapping[str, Tensor] | None) -> Stage1Encodings:
+        """The same posterior with zs sampled from it, see `encode`; a latent without moments stays as it is."""
+        posterior_bchw, moments = (draws or {}).get("posterior"), encodings.additional_attr or {}
+        if not self.sample_posterior or posterior_bchw is None or "logvar" not in moments:
+            return encodings
+        return replace(encodings, zs=moments["mu"] + (moments["logvar"] / 2).exp() * posterior_bchw)
 
     def compute_loss(self, output: Stage1ModelOutput, inputs: LabeledImageData) -> Stage1Losses:
         """`loss_recon` in image units and `loss_latent = kl_weight * KL`.

@@ -6,7 +6,8 @@ The networks are, layer for layer, those of `AutoencoderKL` in huggingface/diffu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name of torch's own documentation)
@@ -22,7 +23,7 @@ from rqvae.models.interfaces import (
     Stage1Model,
     Stage1ModelOutput,
 )
-from rqvae.models.layers.conv import Downsample, ResBlock, Upsample, bottleneck, group_norm
+from rqvae.models.layers.conv import Downsample, ResBlock, SpatialAttention, Upsample, bottleneck, group_norm
 from rqvae.models.losses.recon import ReconKind, recon_loss
 from rqvae.randomness import Draw, normal
 
@@ -176,9 +177,14 @@ class KLVAE(Stage1Model):
         moments_bchw = moments_bchw.to(torch.promote_types(moments_bchw.dtype, torch.float32))
         mu_bchw, logvar_bchw = moments_bchw.chunk(2, dim=1)
         logvar_bchw = logvar_bchw.clamp(-30, 20)
-        posterior_bchw = (inputs.draws or {}).get("posterior") if self.sample_posterior else None
-        zs_bchw = mu_bchw if posterior_bchw is None else mu_bchw + (logvar_bchw / 2).exp() * posterior_bchw
-        return Stage1Encodings(zs=zs_bchw, additional_attr={"mu": mu_bchw, "logvar": logvar_bchw})
+        return self.with_draws(Stage1Encodings(mu_bchw, {"mu": mu_bchw, "logvar": logvar_bchw}), inputs.draws)
+
+    def with_draws(self, encodings: Stage1Encodings, draws: Mapping[str, Tensor] | None) -> Stage1Encodings:
+        """The same posterior with zs sampled from it, see `encode`; a latent without moments stays as it is."""
+        posterior_bchw, moments = (draws or {}).get("posterior"), encodings.additional_attr or {}
+        if not self.sample_posterior or posterior_bchw is None or "logvar" not in moments:
+            return encodings
+        return replace(encodings, zs=moments["mu"] + (moments["logvar"] / 2).exp() * posterior_bchw)
 
     def decode(self, encodings: Stage1Encodings) -> Stage1ModelOutput:
         """Decode zs (B, C, h, w) to xs_recon (B, 3, h f, w f) in image units, not clamped."""
@@ -215,3 +221,7 @@ class KLVAE(Stage1Model):
     def draws(self, image_shape: ImageShape) -> dict[str, Draw]:
         """`posterior`: standard normal numbers of the latent's shape, where the posterior is sampled."""
         return {"posterior": Draw(self.latent_shape(image_shape), normal)} if self.sample_posterior else {}
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The residual blocks and the attentions of encoder and decoder."""
+        return [module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention)]

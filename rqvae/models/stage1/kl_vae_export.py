@@ -38,7 +38,12 @@ class _Layout:
 
 
 def to_diffusers(
-    model: KLVAE, folder: str | Path, *, mean_c: Tensor | None = None, std_c: Tensor | None = None
+    model: KLVAE,
+    folder: str | Path,
+    *,
+    mean_c: Tensor | None = None,
+    std_c: Tensor | None = None,
+    sample_size: int | None = None,
 ) -> None:
     """Write config.json and diffusion_pytorch_model.safetensors for `AutoencoderKL.from_pretrained`.
 
@@ -50,6 +55,7 @@ def to_diffusers(
         folder: new or empty.
         mean_c: (C,) mean of the latents, as `ScaleShift` has it; becomes `latents_mean`.
         std_c: (C,) std of the latents; becomes `latents_std`, with a `scaling_factor` of 1.
+        sample_size: side of the images it was trained on, from which diffusers takes the size of tiles.
 
     Raises:
         BadInput: a folder with files in it, a subclass of KLVAE (its own layers have no name in diffusers), one
@@ -64,7 +70,8 @@ def to_diffusers(
     scale = _scale_entries(mean_c, std_c, layout.latent_channels)
     first = model.quant_conv.weight
     kind: Any = AutoencoderKL
-    exported = kind(**_their_config(layout), **scale).to(dtype=first.dtype)
+    sizes = {} if sample_size is None else {"sample_size": sample_size}
+    exported = kind(**_their_config(layout), **scale, **sizes).to(dtype=first.dtype)
     names = _names(layout)
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
@@ -86,21 +93,31 @@ def from_diffusers(folder: str | Path) -> KLVAE:
     folder = Path(folder)
     source = load_model(AutoencoderKL, folder)
     layout = _layout_of_config(dict(source.config), folder / CONFIG)
-    width = math.gcd(*layout.widths)
-    model = KLVAE(
-        latent_channels=layout.latent_channels,
-        width=width,
-        multipliers=[w // width for w in layout.widths],
-        blocks=layout.blocks,
-        norm_groups=layout.groups,
-        attention=layout.attention,
-    )
+    model = KLVAE(**_our_arguments(layout))
     names, theirs, state = _names(layout), source.state_dict(), {}
     for key in model.state_dict():
         module, kind = key.rsplit(".", 1)
         state[key] = torch.cat([theirs[f"{name}.{kind}"] for name in names[module]])
     model.load_state_dict(state)
     return model.eval()
+
+
+def klvae_arguments(folder: str | Path) -> dict[str, Any]:
+    """The arguments of the `KLVAE` that `from_diffusers` makes of a folder."""
+    source = load_model(AutoencoderKL, Path(folder))
+    return _our_arguments(_layout_of_config(dict(source.config), Path(folder) / CONFIG))
+
+
+def _our_arguments(layout: _Layout) -> dict[str, Any]:
+    width = math.gcd(*layout.widths)
+    return {
+        "latent_channels": layout.latent_channels,
+        "width": width,
+        "multipliers": [w // width for w in layout.widths],
+        "blocks": layout.blocks,
+        "norm_groups": layout.groups,
+        "attention": layout.attention,
+    }
 
 
 def _layout_of(model: KLVAE) -> _Layout:

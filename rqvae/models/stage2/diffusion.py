@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from rqvae.contracts import check_shape
 from rqvae.diffusion.denoiser import Denoiser
 from rqvae.diffusion.guidance import Predict
 from rqvae.diffusion.noise import KeyedNoise
@@ -39,7 +40,8 @@ class LatentDiffusion(Stage2Model):
     Args:
         latent_shape: (C, h, w), given by Stage1 and the connector.
         data_spec: what the conditions are, given by the dataset.
-        backbone: class of the network, `(x (B, C, h, w), t (B,), condition) -> (B, C, h, w)`; made with the two above.
+        backbone: class of the network, `(x (B, C, h, w), t (B,), condition) -> (B, C, h, w)`; made with
+            `latent_shape` and `data_spec`.
         path: from data to noise (`rqvae.diffusion.vp.VP`); null is `LinearFlow`.
         prediction: what the network answers: velocity, x0 (data), eps (noise) or v = alpha eps - sigma x0.
         timesteps: law of the training times; null is `Uniform`.
@@ -102,6 +104,7 @@ class LatentDiffusion(Stage2Model):
         x_t = self.path.interpolate(noise, x0, t_b)
         target = self.path.target(self.prediction, noise, x0, t_b)
         prediction = self.backbone(x_t, t_b, condition)
+        check_shape(prediction, tuple(x_t.shape), f"stage2.backbone: {type(self.backbone).__name__}")
         return Stage2ModelOutput(zs_pred=prediction, zs_degraded=x_t, additional_attr={"t": t_b, "target": target})
 
     def compute_loss(

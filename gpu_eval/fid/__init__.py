@@ -1,0 +1,1 @@
+"""The ADM suite's scores without TensorFlow: `python -m gpu_eval.fid REF.npz SAMPLE.npz`."""

@@ -1,0 +1,81 @@
+"""Write a trained model as a folder that loads anywhere, or that diffusers loads; put it on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rqvae.commands.options import Parser
+from rqvae.errors import BadInput
+
+if TYPE_CHECKING:
+    from rqvae.api import Pipeline
+
+
+def parser() -> Parser:
+    """The options of this command."""
+    own = Parser("rqvae export", description=__doc__)
+    own.add_argument("run", metavar="RUN", help="run, checkpoint, exported or diffusers folder, or a hub id")
+    own.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    own.add_argument("--ema", metavar="NAME", help="weights of a run: model, or an average such as ema_0.9999")
+    own.add_argument("--format", choices=("rqvae", "diffusers"), default="rqvae", help="diffusers: KLVAE only")
+    own.add_argument("--license", default="unknown", metavar="ID", help="of the model card, for example apache-2.0")
+    own.add_argument("--push-to-hub", metavar="ID", help="upload OUT to owner/name, with the token of HF_TOKEN")
+    own.add_argument("--private", action="store_true", help="a new repository on the hub is private")
+    return own
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Write a trained model as a folder that loads anywhere, or that diffusers loads; put it on the hub."""
+    options = parser().parse_args(list(arguments))
+
+    from rqvae.api import exported, sources
+    from rqvae.api.card import write_card
+
+    if options.push_to_hub:
+        sources.check_hub_id(options.push_to_hub)
+    exported.check_new(options.out)
+    pipeline = _load(options.run, options.ema, native=options.format == "rqvae")
+    if options.format == "diffusers":
+        from rqvae.api.diffusers_folder import write_diffusers  # diffusers takes seconds to import
+
+        write_diffusers(pipeline, options.out, options.license)
+        whole = pipeline.two_stage is None
+        note = "" if whole else "; the autoencoder alone, diffusers has no form of the generator"
+    else:
+        description = pipeline.description
+        assert description is not None, "load describes what it loads"
+        exported.write(options.out, description, pipeline.stage1, pipeline.two_stage)
+        write_card(options.out, description, pipeline.stage1, pipeline.two_stage, options.license)
+        note = ""
+    sys.stdout.write(f"{options.out}: {_told(pipeline)}{note}\n")
+    if options.push_to_hub:
+        address = sources.upload(options.out, options.push_to_hub, options.private or None)
+        sys.stdout.write(f"{address}\n")
+    return 0
+
+
+def _load(source: str, ema: str | None, *, native: bool) -> Pipeline:
+    """The model; an `AutoencoderKL` of diffusers becomes our KLVAE where the native format is asked for."""
+    from rqvae.api import exported, load, sources
+    from rqvae.api.loading import is_diffusers_folder
+
+    folder = sources.find(source)
+    if not is_diffusers_folder(folder):
+        return load(folder, weights=ema)
+    if ema is not None:
+        raise BadInput(f"--ema: expected none, as {folder} has one set of weights, got {ema}")
+    if not native or exported.read_json(folder / exported.CONFIG)["_class_name"] != "AutoencoderKL":
+        return load(folder)
+    from rqvae.api.diffusers_folder import read_as_klvae
+
+    return read_as_klvae(folder)
+
+
+def _told(pipeline: Pipeline) -> str:
+    """Which weights of which step, in a few words."""
+    source = {} if pipeline.description is None else pipeline.description.source
+    name = type(pipeline.stage1 if pipeline.two_stage is None else pipeline.two_stage.stage2).__name__
+    return f"{name}, weights {source['weights']} of step {source['step']}" if "step" in source else name

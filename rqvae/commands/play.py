@@ -1,0 +1,73 @@
+"""Play inside a world model in the browser: arrow keys in, dreamed frames out, the real game beside it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+
+from rqvae.commands.options import Parser
+from rqvae.errors import BadInput
+
+
+def parser() -> Parser:
+    """The options of this command."""
+    own = Parser("rqvae play", description=__doc__)
+    own.add_argument("model", metavar="RUN|NAME", help="run folder, exported folder or shipped name")
+    own.add_argument("--host", default="127.0.0.1", help="loopback by default: whoever reaches the port can play")
+    own.add_argument("--port", type=int, default=8765)
+    own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
+    own.add_argument("--sessions", type=int, default=4, help="most players at once")
+    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument("--backend")
+    own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
+    return own
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Serve the page until Ctrl-C."""
+    options = parser().parse_args(list(arguments))
+
+    from rqvae import backends
+    from rqvae.api import load
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.play.server import PlayLimits, make_app
+    from rqvae.play.session import World
+    from rqvae.play.starts import starts_of_game
+
+    limits = PlayLimits(options.fps, options.sessions)
+    listener = _listen(options.host, options.port)
+    backend = backends.create(backends.choose(options.backend), threads=options.threads)
+    try:
+        pipeline = load(options.model)
+        if pipeline.two_stage is None or not pipeline.spec.context:
+            raise BadInput(f"{options.model}: expected a world model (frames of history as condition), got another run")
+        game = MazeChase(pipeline.spec.image_shape[1], options.ghosts)
+        two_stage = pipeline.two_stage.to(backend.device)
+        starts = starts_of_game(game, pipeline.spec.history)
+        world = World(two_stage, pipeline.spec.num_actions, game.action_names, starts, game)
+        _serve(make_app(world, limits), listener)
+    finally:
+        backend.close()
+        listener.close()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The port, taken before a model is loaded."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"--port: expected a free port on {host}, got {port} ({error}); choose another") from error
+    return listener
+
+
+def _serve(app: object, listener: socket.socket) -> None:
+    import uvicorn
+
+    host, port = listener.getsockname()[:2]
+    sys.stdout.write(f"play at http://{host}:{port}/ (Ctrl-C ends it)\n")
+    sys.stdout.flush()
+    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])  # type: ignore[arg-type]

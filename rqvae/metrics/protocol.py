@@ -1,0 +1,63 @@
+"""What a published score must say of itself, and what a reader must be warned of."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+PAPER_N = 50_000
+GENERATION = (
+    "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "seed_rule", "ema", "precision", "uint8_rule",
+)  # fmt: skip
+"""How images were made; null in a result where nobody said."""
+FEWEST_CLASSES = 0.9
+FEW_REFERENCE = 10_000
+IS_SPLIT = 5000
+
+
+def protocol(
+    reference: Mapping[str, Any], n_generated: int, identity: Mapping[str, str], generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields of a result.
+
+    Args:
+        reference: `path`, `sha256` and `n` of the reference.
+        n_generated: images.
+        identity: of the extractor.
+        generation: of `GENERATION`, what is known.
+    """
+    known = {key: generation.get(key) for key in GENERATION}
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {"reference": dict(reference), "n": n_generated, **identity, **known, "versions": versions}
+
+
+def cautions(n: int, labels: np.ndarray | None = None, n_reference: int | None = None) -> list[str]:
+    """Warnings about samples that papers' numbers do not compare with.
+
+    Args:
+        n: generated images.
+        labels: (N,) their classes in file order, where they are known.
+        n_reference: images of the reference, where it is known.
+    """
+    found = []
+    if n < PAPER_N:
+        found.append(f"{n} images: FID is biased upwards by about 1/n, published values have {PAPER_N}")
+    if n_reference is not None and n_reference < FEW_REFERENCE:
+        found.append(f"{n_reference} reference images: fewer than {FEW_REFERENCE} add a bias of their own")
+    if labels is None or not len(labels):
+        return found
+    counts = np.unique(labels, return_counts=True)[1]
+    if counts.max() > 2 * counts.min():
+        found.append(f"classes are not balanced: {counts.min()} to {counts.max()} images of a class")
+    chunk = min(IS_SPLIT, len(labels))
+    fewest = min(len(np.unique(labels[i : i + chunk])) for i in range(0, len(labels) - chunk + 1, chunk))
+    if len(labels) > chunk and fewest < FEWEST_CLASSES * min(len(counts), chunk):
+        found.append(
+            f"images are sorted by class ({fewest} of {len(counts)} classes in {chunk}): the Inception Score in file "
+            "order is too low"
+        )
+    return found

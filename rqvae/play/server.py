@@ -1,0 +1,165 @@
+"""The page and its WebSocket: the server streams frames at a capped rate, keys are sent and forgotten.
+
+The protocol: the browser sends JSON `{"press": action}`, `{"release": true}`, `{"reset": seed}`, `{"steps": n}`,
+`{"pause": true|false}`. The server first sends JSON with the world's facts, then for every frame one binary message: a
+JSON header, its length in four bytes (big-endian) before it, the dream as PNG, and the real game as PNG where there is
+one. What the server refuses it answers with JSON `{"error": words}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import struct
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from rqvae.errors import BadInput
+from rqvae.play.session import Session, Tick, World, png
+
+try:
+    from fastapi import FastAPI, Response, WebSocket, WebSocketDisconnect
+    from fastapi.responses import HTMLResponse
+except ImportError as error:
+    raise BadInput("play: expected the packages of the extra [play], got none; pip install 'mae-dit[play]'") from error
+
+
+@dataclass(frozen=True)
+class PlayLimits:
+    """How much the server gives away.
+
+    Args:
+        fps: most frames a second of a session.
+        sessions: most sessions at once.
+    """
+
+    fps: float = 15.0
+    sessions: int = 4
+
+    def __post_init__(self) -> None:
+        if self.fps <= 0 or self.sessions < 1:
+            raise BadInput(f"--fps, --sessions: expected > 0 and >= 1, got {self.fps}, {self.sessions}")
+
+
+@dataclass
+class _Player:
+    """One socket and its session."""
+
+    number: int
+    session: Session
+    paused: bool = False
+    inbox: deque[str] = field(default_factory=lambda: deque(maxlen=64))
+
+    def obey(self) -> list[str]:
+        """Do what the browser has sent since the last frame, between two frames; returns what was wrong with it."""
+        return [words for words in (self._obey(self.inbox.popleft()) for _ in range(len(self.inbox))) if words]
+
+    def _obey(self, message: str) -> str | None:
+        try:
+            order = json.loads(message)
+            if not isinstance(order, dict) or len(order) != 1:
+                raise BadInput(f"message: expected one of press, release, reset, steps, pause, got {message[:80]}")
+            name, value = next(iter(order.items()))
+            self._do(name, value)
+        except (BadInput, ValueError, TypeError) as error:
+            return str(error)
+        return None
+
+    def _do(self, name: str, value: Any) -> None:
+        session = self.session
+        orders = {
+            "press": lambda: session.press(int(value)),
+            "release": session.release,
+            "reset": lambda: session.reset(int(value)),
+            "steps": lambda: session.set_steps(int(value)),
+            "pause": lambda: setattr(self, "paused", bool(value)),
+        }
+        if name not in orders:
+            raise BadInput(f"message: expected one of {', '.join(orders)}, got {name}")
+        orders[name]()
+
+
+def make_app(world: World, limits: PlayLimits) -> FastAPI:
+    """The server of one world.
+
+    Args:
+        world: the model and where to begin.
+        limits: rate and number of sessions.
+    """
+    app = FastAPI(title="MAE-DiT play", docs_url=None, redoc_url=None, openapi_url=None)
+    players: dict[int, _Player] = {}
+    numbers = itertools.count(1)
+    turn = asyncio.Lock()  # one model, one frame at a time: sessions take turns
+
+    @app.get("/", response_class=HTMLResponse)
+    def page() -> str:
+        return files("rqvae.play").joinpath("page.html").read_text()
+
+    @app.get("/session/{number}.gif")
+    def gif(number: int) -> Response:
+        if number not in players:
+            return Response("no such session", status_code=404)
+        return Response(players[number].session.gif(), media_type="image/gif")
+
+    @app.websocket("/play")
+    async def play(socket: WebSocket) -> None:
+        await socket.accept()
+        if len(players) >= limits.sessions:
+            await socket.send_json({"error": f"all {limits.sessions} places are taken, try again later"})
+            await socket.close(1013)
+            return
+        number = next(numbers)
+        player = _Player(number, await asyncio.to_thread(Session, world))
+        players[number] = player
+        facts = {"session": number, "actions": world.action_names, "fps": limits.fps, "real": world.game is not None}
+        listener = asyncio.create_task(_listen(socket, player))
+        try:
+            await socket.send_json(facts)
+            await _stream(socket, player, turn, limits.fps, listener)
+        except (WebSocketDisconnect, RuntimeError):
+            pass  # the browser has gone: a send after that is a RuntimeError of starlette
+        finally:
+            listener.cancel()
+            del players[number]
+
+    return app
+
+
+async def _listen(socket: WebSocket, player: _Player) -> None:
+    with suppress(WebSocketDisconnect):
+        while True:
+            player.inbox.append(await socket.receive_text())
+
+
+async def _stream(
+    socket: WebSocket, player: _Player, turn: asyncio.Lock, fps: float, listener: asyncio.Task[None]
+) -> None:
+    """Frames until the browser goes, at most `fps` a second; a late frame does not make the next ones hurry."""
+    due, rate = time.monotonic(), 0.0
+    while not listener.done():
+        for words in player.obey():
+            await socket.send_json({"error": words})
+        now = time.monotonic()
+        if player.paused or now < due:
+            await asyncio.sleep(0.02 if player.paused else due - now)
+            continue
+        since, due = due, max(due + 1 / fps, now)
+        async with turn:
+            tick = await asyncio.to_thread(player.session.tick)
+        spent = max(1e-6, time.monotonic() - since)
+        rate = 1 / spent if not rate else 0.9 * rate + 0.1 / max(spent, 1 / fps)
+        await socket.send_bytes(pack(tick, rate))
+
+
+def pack(tick: Tick, rate: float) -> bytes:
+    """A frame as one binary message."""
+    dream = png(tick.dream)
+    real = b"" if tick.real is None else png(tick.real)
+    facts = {"step": tick.step, "ms": round(tick.milliseconds, 2), "fps": round(rate, 1), "dream": len(dream)}
+    header = json.dumps(facts).encode()
+    return struct.pack(">I", len(header)) + header + dream + real

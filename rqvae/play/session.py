@@ -1,0 +1,175 @@
+"""One player in one dream: keys in, frames out. It knows nothing of sockets."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from rqvae.errors import BadInput
+from rqvae.games.maze_chase import MazeChase
+from rqvae.metrics.reconstruction import to_uint8
+from rqvae.models.two_stage import TwoStage
+from rqvae.play.starts import Starts
+from rqvae.trainers.dream import Dream, frame_noise
+
+Frame = npt.NDArray[np.uint8]
+
+KEPT = 900
+"""Frames that a session keeps for its GIF: a minute at 15 frames a second."""
+
+NOOP = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """What all sessions share.
+
+    Args:
+        two_stage: the trained model, in eval mode.
+        num_actions: of the game.
+        action_names: names of the actions, in order.
+        starts: where dreams begin.
+        make_game: a game to play beside the dream, or None without one.
+    """
+
+    two_stage: TwoStage
+    num_actions: int
+    action_names: tuple[str, ...]
+    starts: Starts
+    game: MazeChase | None = None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One step of a session.
+
+    Args:
+        dream: (H, W, 3) uint8, the generated frame.
+        real: the frame of the real game under the same keys; None without a game, or once it is over.
+        step: frames since the reset.
+        milliseconds: that the model took.
+    """
+
+    dream: Frame
+    real: Frame | None
+    step: int
+    milliseconds: float
+
+
+@dataclass
+class Session:
+    """One dream that is played, and beside it the real game under the same keys.
+
+    Args:
+        world: the model and where to begin.
+        seed: of the start and of the noise.
+    """
+
+    world: World
+    seed: int = 0
+    steps: int | None = None
+    _dream: Dream = field(init=False)
+    _game: MazeChase | None = field(default=None, init=False)
+    _real: Frame | None = field(default=None, init=False)
+    _held: int = field(default=NOOP, init=False)
+    _pressed: int | None = field(default=None, init=False)
+    _count: int = field(default=0, init=False)
+    history: deque[tuple[Frame, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reset(self.seed)
+
+    def reset(self, seed: int) -> None:
+        """Begin again from the start of this seed.
+
+        Raises:
+            BadInput: a seed below 0.
+        """
+        if seed < 0:
+            raise BadInput(f"seed: expected at least 0, got {seed}")
+        start = self.world.starts(seed)
+        frames = torch.from_numpy(start.frames).permute(0, 3, 1, 2)[None].float() / 255
+        device = next(self.world.two_stage.stage2.parameters()).device
+        past = torch.from_numpy(start.actions)[None].to(device)
+        self._dream = Dream.begin(self.world.two_stage, frames.to(device), past, self.world.num_actions)
+        self.seed, self._count, self._real = seed, 0, None
+        self.history = deque([(start.frames[-1], NOOP)], maxlen=KEPT)
+        self._game, game = None, self.world.game
+        if game is not None and start.state is not None:
+            self._game = MazeChase(game.size, game.num_ghosts, max_steps=10**9, maze_seed=game.maze[1])
+            self._game.restore_state(start.state)
+            self._real = self._game.render()
+        self.release()
+
+    def press(self, action: int) -> None:
+        """A key goes down: its action is played at the next step, and at each one until the key is up.
+
+        Raises:
+            BadInput: an action that the game does not have.
+        """
+        if not 0 <= action < self.world.num_actions:
+            raise BadInput(f"action: expected 0 to {self.world.num_actions - 1}, got {action}")
+        self._held = self._pressed = action
+
+    def release(self) -> None:
+        """The key is up; an action that no step has played yet still is."""
+        self._held = NOOP
+
+    def set_steps(self, steps: int) -> None:
+        """Solver steps of each frame from now on.
+
+        Raises:
+            BadInput: not in 1 to 50.
+        """
+        if not 1 <= steps <= 50:
+            raise BadInput(f"steps: expected 1 to 50, got {steps}")
+        self.steps = steps
+
+    def tick(self) -> Tick:
+        """The next frame."""
+        action = self._held if self._pressed is None else self._pressed
+        self._pressed = None
+        sampler: Any = self.world.two_stage.stage2.sampler
+        self._dream.sampler = replace(sampler, steps=self.steps) if self.steps else None
+        shape, device = self.world.two_stage.latent_shape, self._dream.context_bkchw.device
+        began = time.perf_counter()
+        noise = frame_noise(shape, self.seed, 0, self._count)[None].to(device)
+        frame = self._dream.step(torch.tensor([action], device=device), noise)
+        dream = to_uint8(frame)[0].permute(1, 2, 0).cpu().numpy()
+        elapsed = 1000 * (time.perf_counter() - began)
+        self._step_game(action)
+        self._count += 1
+        self.history.append((dream, action))
+        return Tick(dream, self._real, self._count, elapsed)
+
+    def _step_game(self, action: int) -> None:
+        if self._game is None:
+            return
+        self._real, _, terminated, _ = self._game.step(action)
+        if terminated:
+            self._game = None
+
+    def gif(self, scale: int = 8, fps: int = 10) -> bytes:
+        """The session's last frames as an animated GIF."""
+        frames = [Image.fromarray(frame) for frame, _ in self.history]
+        large = [
+            frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in frames
+        ]
+        buffer = io.BytesIO()
+        large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=1000 // fps, loop=0)
+        return buffer.getvalue()
+
+
+def png(frame: Frame) -> bytes:
+    """A frame as PNG, which is lossless: JPEG of 4-pixel sprites is worse than the model."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()

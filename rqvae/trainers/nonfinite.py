@@ -1,0 +1,84 @@
+"""Updates that were left out because their gradients were not finite: counted on the device, read with a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_EXCEEDED = "exceeded/"
+
+
+class Skips:
+    """What `train.skip_nonfinite` knows of each update. The same on every rank, as the gradients' norm is.
+
+    Args:
+        names: of the updates, the first one's has no suffix in the log.
+        device: of the counts.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.in_use = False
+        self._suffixes = {name: "" if name == names[0] else f"_{name}" for name in names}
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        self._streak = {name: zero.clone() for name in names}
+        self._in_row = {name: zero.clone() for name in names}
+        self._exceeded_at = {name: zero.clone() for name in names}
+
+    def judge(self, name: str, norm: Tensor, step: int, limit: int) -> Tensor:
+        """Take note of an update.
+
+        Args:
+            name: of the update.
+            norm: of its gradients, after their mean over ranks; scalar.
+            step: number of the step, counted from 1.
+            limit: how many in a row may be left out.
+
+        Returns:
+            Scalar bool on the device: whether the update was applied.
+        """
+        self.in_use = True
+        applied = norm.isfinite()
+        streak = (self._streak[name] + 1) * ~applied
+        first = (streak > limit) & (self._exceeded_at[name] == 0)
+        self._exceeded_at[name] = torch.where(first, step, self._exceeded_at[name])
+        self._in_row[name] = self._in_row[name] + ~applied
+        self._streak[name] = streak
+        return applied
+
+    def row(self) -> dict[str, Tensor]:
+        """`train/skipped_steps` of each update since the last row, forgotten with it, and the marks for `exceeded`."""
+        if not self.in_use:
+            return {}
+        counts = {f"train/skipped_steps{self._suffixes[name]}": count for name, count in self._in_row.items()}
+        self._in_row = {name: torch.zeros_like(count) for name, count in self._in_row.items()}
+        return counts | self.marks()
+
+    def marks(self) -> dict[str, Tensor]:
+        """For each update the step at which it had been left out too often, 0 where it never was."""
+        return {f"{_EXCEEDED}{name}": step for name, step in self._exceeded_at.items()} if self.in_use else {}
+
+    @staticmethod
+    def exceeded(values: dict[str, float]) -> dict[str, int]:
+        """Take the marks out of a row's values; the updates that were left out too often, and at which step."""
+        marks = {key.removeprefix(_EXCEEDED): int(values.pop(key)) for key in list(values) if key.startswith(_EXCEEDED)}
+        return {name: step for name, step in marks.items() if step}
+
+    @staticmethod
+    def any_in(values: Mapping[str, float]) -> bool:
+        """Whether a row has updates that were left out."""
+        return any(key.startswith("train/skipped_steps") and value for key, value in values.items())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; a state with a mark is never saved."""
+        if not self.in_use:
+            return {}
+        parts = {"streak": self._streak, "in_row": self._in_row}
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the counts of a checkpoint; an empty state leaves them at 0."""
+        for key, value in state.items():
+            part, _, name = key.partition(".")
+            {"streak": self._streak, "in_row": self._in_row}[part][name] = value.clone()

@@ -1,0 +1,101 @@
+"""Files of weights that others publish: fetched once, checked by sha256, read without running code. A leaf."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rqvae.errors import BadInput
+
+_HASHED = re.compile(r"-([0-9a-f]{8,64})\.pth$")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A state dict on the disk, or at a URL and then in `torch.hub.get_dir()`/checkpoints.
+
+    A name that ends in -HEX.pth is checked against the file's sha256, which must begin with HEX.
+
+    Args:
+        key: what errors call it, as a config key.
+        source: a path, or a URL whose name ends in -HEX.pth.
+        published: the URL that an error names where the file is missing.
+        remedy: the end of the sentence "download it to there, ...", how to do without.
+    """
+
+    key: str
+    source: str
+    published: str
+    remedy: str
+
+    @property
+    def url(self) -> str | None:
+        """Where it is fetched from, or None for a path."""
+        return self.source if self.source.startswith(("http://", "https://")) else None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies, or will lie once it is fetched."""
+        if self.url is None:
+            return Path(self.source)
+        return Path(torch.hub.get_dir(), "checkpoints", self.url.rsplit("/", 1)[1])
+
+    def fetch(self) -> None:
+        """Download it where it is not on the disk yet; on one process of a host, before `read`.
+
+        Raises:
+            BadInput: the URL cannot be reached, or gives another file than its name says.
+        """
+        url, path = self.url, self.path
+        if path.is_file() or url is None:
+            return
+        stated = _HASHED.search(path.name)
+        if stated is None:
+            raise BadInput(f"{self.key}: {url}: expected a name that ends in -SHA256.pth")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=stated[1])
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            reason = str(error).partition("\n")[0]
+            raise BadInput(
+                f"{self.key}: {path}: no such file, and {url} cannot be had ({reason}); place it there, {self.remedy}"
+            ) from error
+
+    def read(self) -> dict[str, Tensor]:
+        """Its tensors by name, on the host.
+
+        Raises:
+            BadInput: a missing or unreadable file, or one whose sha256 is not that of its name.
+        """
+        path = self.path
+        if not path.is_file():
+            raise BadInput(f"{self.key}: {path}: no such file; download {self.published} to it, {self.remedy}")
+        stated = _HASHED.search(path.name)
+        if stated and not (digest := sha256(path)).startswith(stated[1]):
+            raise BadInput(
+                f"{self.key}: {path}: expected sha256 {stated[1]}..., got {digest[:16]}...; "
+                f"download {self.published} again, {self.remedy}"
+            )
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BadInput(f"{self.key}: {path}: expected a state dict of tensors: {reason}") from error
+        if not isinstance(state, dict):
+            raise BadInput(f"{self.key}: {path}: expected a state dict of tensors, got {type(state).__name__}")
+        return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

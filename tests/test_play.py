@@ -1,0 +1,222 @@
+"""Playing: the session, the protocol, and the server over a real socket."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rqvae.errors import BadInput
+from rqvae.games.maze_chase import MazeChase
+from rqvae.img_datasets.interfaces import ActionCondition, DataSpec, LabeledImageData
+from rqvae.metrics.reconstruction import to_uint8
+from rqvae.models.interfaces import base_connector
+from rqvae.models.stage1.pixel import PixelStage1
+from rqvae.models.stage2.linear_dit import LinearDiT
+from rqvae.models.stage2.world_model import WorldModel
+from rqvae.models.two_stage import TwoStage
+from rqvae.play.session import Session, World, png
+from rqvae.play.starts import starts_of_game, stored_starts
+from rqvae.trainers.dream import frame_noise
+
+fastapi = pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient  # noqa: E402
+from starlette.websockets import WebSocketDisconnect  # noqa: E402
+
+from rqvae.play.server import PlayLimits, make_app  # noqa: E402
+
+SPEC = DataSpec((3, 32, 32), num_actions=5, history=3, context=True)
+
+
+def small(shape: tuple[int, ...], spec: DataSpec) -> LinearDiT:
+    return LinearDiT(shape, spec, depth=1, width=32, heads=2, cross_heads=2)
+
+
+def make_world(with_game: bool = True) -> World:
+    torch.manual_seed(0)
+    model = WorldModel((48, 8, 8), SPEC, backbone=small)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    two_stage = TwoStage(PixelStage1(4), base_connector(), model, (3, 32, 32)).eval()
+    game = MazeChase()
+    starts = starts_of_game(game, 3)
+    if with_game:
+        return World(two_stage, 5, game.action_names, starts, game)
+    start = starts(0)
+    return World(two_stage, 5, game.action_names, stored_starts(start.frames[None], start.actions[None]))
+
+
+def test_a_played_frame_is_the_sampled_one() -> None:
+    """The session against `TwoStage.sample` for the same keys and noise."""
+    world = make_world()
+    session = Session(world, seed=3)
+    start = world.starts(3)
+    frames = torch.from_numpy(start.frames).permute(0, 3, 1, 2).float() / 255
+    latents, actions = list(world.two_stage.stage1.encode(LabeledImageData(img=frames)).zs), list(start.actions)
+    for t, key in enumerate([2, 2, 0, 4]):
+        if key:
+            session.press(key)
+        else:
+            session.release()
+        tick = session.tick()
+        actions.append(key)
+        seen = torch.ones(1, 3, dtype=torch.bool)
+        condition = ActionCondition(torch.stack(latents[-3:])[None], torch.tensor([actions[-3:]]), seen, 5)
+        output = world.two_stage.sample(condition, frame_noise((48, 8, 8), 3, 0, t)[None])
+        latents.append(output.zs_pred[0])
+        expected = to_uint8(world.two_stage.decode(output))[0].permute(1, 2, 0).numpy()
+        assert np.array_equal(tick.dream, expected)
+        assert tick.step == t + 1
+
+
+def test_a_tap_is_played_once_and_a_held_key_until_it_is_up() -> None:
+    session = Session(make_world())
+    session.press(2)
+    session.release()  # before any frame
+    for _ in range(3):
+        session.tick()
+    session.press(4)
+    for _ in range(2):
+        session.tick()
+    session.press(3)
+    session.tick()
+    session.release()
+    session.tick()
+    assert [action for _, action in session.history] == [0, 2, 0, 0, 4, 4, 3, 0]
+
+
+def test_the_real_game_runs_beside_under_the_same_keys() -> None:
+    world = make_world()
+    session, start = Session(world, seed=1), world.starts(1)
+    game = MazeChase()
+    game.restore_state(start.state)
+    for key in (1, 1, 2, 3):
+        session.press(key)
+        tick = session.tick()
+        frame, _, terminated, _ = game.step(key)
+        assert np.array_equal(tick.real, frame)
+        if terminated:
+            break
+
+
+def test_a_reset_begins_the_same_dream_again() -> None:
+    session = Session(make_world(), seed=5)
+    first = [session.tick().dream for _ in range(3)]
+    session.reset(5)
+    again = [session.tick().dream for _ in range(3)]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    session.reset(6)
+    assert not np.array_equal(session.tick().dream, first[0])
+
+
+def test_the_dream_runs_without_the_game() -> None:
+    with_game, without = Session(make_world()), Session(make_world(with_game=False))
+    one, two = with_game.tick(), without.tick()
+    assert two.real is None
+    assert np.array_equal(one.dream, two.dream)
+
+
+def test_png_is_lossless_and_the_gif_has_every_frame() -> None:
+    session = Session(make_world())
+    for _ in range(4):
+        frame = session.tick().dream
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(png(frame)))), frame)
+    gif = Image.open(io.BytesIO(session.gif(scale=2)))
+    assert (gif.n_frames, gif.size) == (5, (64, 64))
+
+
+def test_bad_orders() -> None:
+    session = Session(make_world())
+    with pytest.raises(BadInput, match="action: expected 0 to 4, got 5"):
+        session.press(5)
+    with pytest.raises(BadInput, match="seed: expected at least 0, got -1"):
+        session.reset(-1)
+    with pytest.raises(BadInput, match="steps: expected 1 to 50, got 0"):
+        session.set_steps(0)
+    with pytest.raises(BadInput, match="--fps, --sessions"):
+        PlayLimits(fps=0)
+
+
+@pytest.fixture
+def client() -> Iterator[TestClient]:
+    with TestClient(make_app(make_world(), PlayLimits(fps=60, sessions=2))) as client:
+        yield client
+
+
+def unpack(message: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    (size,) = struct.unpack(">I", message[:4])
+    facts, body = json.loads(message[4 : 4 + size]), message[4 + size :]
+    pictures = (body[: facts["dream"]], body[facts["dream"] :])
+    dream, real = (np.asarray(Image.open(io.BytesIO(part))) for part in pictures)
+    return facts, dream, real
+
+
+def test_the_socket_streams_and_takes_keys(client: TestClient) -> None:
+    assert "Play inside the model" in client.get("/").text
+    with client.websocket_connect("/play") as browser:
+        facts = browser.receive_json()
+        assert facts == {
+            "session": 1, "actions": ["NOOP", "UP", "RIGHT", "LEFT", "DOWN"], "fps": 60, "real": True,
+        }  # fmt: skip
+        header, dream, real = unpack(browser.receive_bytes())
+        assert header["step"] == 1
+        assert dream.shape == real.shape == (32, 32, 3)
+        for order in ({"press": 2}, {"steps": 2}, {"release": True}, {"reset": 4}):
+            browser.send_json(order)
+        steps = [unpack(browser.receive_bytes())[0]["step"] for _ in range(12)]
+        assert 1 in steps, "the reset began a new count"
+        assert client.get("/session/1.gif").headers["content-type"] == "image/gif"
+        browser.send_json({"press": 9})
+        browser.send_text("no json")
+        browser.send_json({"fly": 1})
+        errors: list[str] = []
+        while len(errors) < 3:
+            message = browser.receive()
+            if message.get("text"):
+                errors.append(json.loads(message["text"])["error"])
+        assert "action: expected 0 to 4, got 9" in errors[0]
+        assert "got fly" in errors[2]
+    assert client.get("/session/1.gif").status_code == 404
+
+
+def test_sessions_are_their_own_and_limited(client: TestClient) -> None:
+    with client.websocket_connect("/play") as one, client.websocket_connect("/play") as two:
+        assert (one.receive_json()["session"], two.receive_json()["session"]) == (1, 2)
+        two.send_json({"reset": 9})
+        one_frames = [unpack(one.receive_bytes())[1] for _ in range(4)]
+        two_frames = [unpack(two.receive_bytes())[1] for _ in range(8)]
+        assert not any(np.array_equal(one_frames[-1], frame) for frame in two_frames)
+        with client.websocket_connect("/play") as three:
+            assert "all 2 places are taken" in three.receive_json()["error"]
+            with pytest.raises(WebSocketDisconnect):
+                three.receive_json()
+
+
+def test_the_rate_is_capped() -> None:
+    with TestClient(make_app(make_world(), PlayLimits(fps=10))) as client, client.websocket_connect("/play") as browser:
+        browser.receive_json()
+        browser.receive_bytes()
+        began = time.monotonic()
+        for _ in range(5):
+            browser.receive_bytes()
+        assert time.monotonic() - began > 0.4
+
+
+def test_a_port_in_use_is_said_before_a_model_is_loaded() -> None:
+    from rqvae.commands.play import run
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with pytest.raises(BadInput, match=f"--port: expected a free port on 127.0.0.1, got {port}"):
+            run(["nowhere", "--port", port])
