@@ -19,6 +19,7 @@ from rqvae.diffusion.paths import Path
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw
 from rqvae.img_datasets.interfaces import LabeledImageDataset, Transform
+from rqvae.metrics.extractors import Extractor
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
 from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.run import Stage1Run, Stage2Run
@@ -39,6 +40,7 @@ FAMILIES: dict[str, tuple[str, type]] = {
     "Laws of training times": ("`stage2.init_args.timesteps`", TimestepLaw),
     "Guidance": ("`stage2.init_args.sampler.guidance`", Guidance),
     "Learning-rate schedules": ("`updates.NAME.schedule`", Schedule),
+    "Feature extractors": ("`online_eval.extractor`", Extractor),
     "Observers": ("an entry of `observers`", Observer),
     "Interventions": ("an entry of `interventions`", Intervention),
 }
@@ -112,7 +114,7 @@ def networks() -> dict[str, list[type]]:
 
 def modules() -> Iterator[ModuleType]:
     """Every module of the rooms whose classes a config names, by name."""
-    for room in ("img_datasets", "models", "diffusion", "callbacks", "trainers"):
+    for room in ("img_datasets", "models", "diffusion", "metrics", "callbacks", "trainers"):
         package = importlib.import_module(f"rqvae.{room}")
         yield package
         for info in sorted(pkgutil.walk_packages(package.__path__, f"{package.__name__}."), key=lambda i: i.name):

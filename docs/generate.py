@@ -1,6 +1,7 @@
 """Writes the pages that are made from the code: `python -m docs.generate` (`make docs`).
 
-docs/configuration.md, docs/cli.md and a list in docs/resume.md. A test compares them with what the code says now.
+docs/configuration.md, docs/cli.md, docs/health.md and a list in docs/resume.md. A test compares them with what the code
+says now.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from docs import cli_page, configuration_page
+from docs import cli_page, configuration_page, health_page
 from rqvae.trainers.run_folder import _PLACE_KEYS
 
 FOLDER = Path(__file__).parent
@@ -26,6 +27,7 @@ def resume_page() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "configuration.md": configuration_page.page,
     "cli.md": cli_page.page,
+    "health.md": health_page.page,
     "resume.md": resume_page,
 }
 

@@ -27,6 +27,7 @@ from rqvae.errors import BadInput
 from rqvae.metrics import ms_ssim
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.perceptual import LPIPSScore
+from rqvae.metrics.protocol import protocol
 from rqvae.metrics.reconstruction import CONVENTIONS, psnr, ssim
 
 Part = list[Path] | np.ndarray
@@ -75,7 +76,8 @@ def run(arguments: Sequence[str]) -> int:
     sys.stdout.write("".join(f"{key}: {value:.6f}\n" for key, value in means.items()) + f"n: {len(pairs)}\n")
     if options.json:
         named = {name: {k: v[i] for k, v in per_image.items()} for i, name in enumerate(pairs.names)}
-        result = {**means, "n": len(pairs), "uint8_rule": "as stored", "images": named}
+        fields = protocol({"path": str(options.originals)}, len(pairs), {}, {"uint8_rule": "as stored"})
+        result = {**means, "n": len(pairs), "protocol": fields, "images": named}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from rqvae.contracts import check_factories
 from rqvae.errors import BadInput
-from rqvae.randomness import fold
+from rqvae.randomness import seeded
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
 
 T = TypeVar("T")
@@ -55,10 +55,9 @@ class Configuration:
         Args:
             device: `meta` makes models without memory, to look at shapes.
         """
-        torch.manual_seed(fold(self.resolved["train"]["seed"], "weights"))
         parser = _parser(self.schema)
         try:
-            with torch.device(device or "cpu"):
+            with seeded(self.resolved["train"]["seed"], "weights"), torch.device(device or "cpu"):
                 return self.schema(**vars(parser.instantiate(self.parsed)))
         except (ValueError, TypeError, ArgumentError) as error:
             message = _one_line(str(error))

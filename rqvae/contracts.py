@@ -74,6 +74,8 @@ def check_function(function: Callable[..., Any], key: str, *names: str) -> None:
         signature = inspect.signature(function)
     except ValueError:  # compiled functions may have none: nothing to compare
         return
+    except TypeError:
+        raise BadInput(f"{key}: expected a function ({', '.join(names)}), got {type(function).__name__}") from None
     try:
         signature.bind(*names)
     except TypeError:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 _PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LISTENERS: list[Callable[[int], None]] = []
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -33,3 +37,42 @@ def leave_with_parent(grace: float = 5.0) -> None:
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def stop_signals(listener: Callable[[int], None]) -> Iterator[None]:
+    """Within this context SIGTERM and SIGINT call `listener` with their number, and do nothing else.
+
+    Python gives signals to the main thread alone; in another one they come by way of `answer_stop_signals`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        _LISTENERS.append(listener)
+        try:
+            yield
+        finally:
+            _LISTENERS.remove(listener)
+        return
+    before = {number: signal.signal(number, lambda n, _: listener(n)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def answer_stop_signals() -> None:
+    """Have a thread take SIGTERM and SIGINT for a process whose main thread is not ours.
+
+    The process was started with both blocked, as its parent's thread had them.
+    They go to every listener of `stop_signals`; where there is none, they end the process as they would have.
+    """
+
+    def answer() -> None:
+        while True:
+            number = int(signal.sigwait(STOP_SIGNALS))
+            for listener in list(_LISTENERS):
+                listener(number)
+            if not _LISTENERS:
+                os._exit(128 + number)
+
+    threading.Thread(target=answer, name="stop-signals", daemon=True).start()

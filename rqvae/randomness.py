@@ -9,8 +9,10 @@ This module is a leaf: every room may import it, it imports none.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +23,20 @@ from torch import Tensor
 def fold(*key: int | str) -> int:
     """A 63-bit seed of a key such as ``(seed, "noise", sample_id)``; neighbouring keys give unrelated streams."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+_GLOBAL = threading.RLock()
+
+
+@contextlib.contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Within this context torch's own generator, which start weights are drawn from, is at the start of `key`'s stream.
+
+    One at a time: the generator belongs to the process, and ranks may be threads of one.
+    """
+    with _GLOBAL:
+        torch.manual_seed(fold(*key))
+        yield
 
 
 def generator(*key: int | str) -> torch.Generator:

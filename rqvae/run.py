@@ -147,7 +147,7 @@ class Stage1Run:
         checkpoint: when checkpoints are written.
         logging: mirrors of the log.
         pictures: grids of reconstructions.
-        online_eval: scores on the validation split while training.
+        online_eval: scores of reconstructions of the validation split while training.
         profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
             operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
         observers: more observers, by class_path.
@@ -194,7 +194,7 @@ class Stage2Run:
         checkpoint: when checkpoints are written.
         logging: mirrors of the log.
         pictures: grids of samples.
-        online_eval: scores while training; off for a generator until asked for.
+        online_eval: scores of generated images while training; off until asked for.
         profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
             operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
         observers: more observers, by class_path.
@@ -212,7 +212,7 @@ class Stage2Run:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LogSettings = field(default_factory=LogSettings)
     pictures: PictureSettings = field(default_factory=PictureSettings)
-    online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None))
+    online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None, metrics=["gfid"]))
     profile: str | None = None
     observers: list[Observer] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)

@@ -64,7 +64,8 @@ class WeightFile:
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
             reason = str(error).partition("\n")[0]
             raise BadInput(
-                f"{self.key}: {path}: no such file, and {url} cannot be had ({reason}); place it there, {self.remedy}"
+                f"{self.key}: {path}: no such file, and {url} (sha256 {stated[1]}...) cannot be had ({reason}); "
+                f"place it there, {self.remedy}"
             ) from error
 
     def read(self) -> dict[str, Tensor]:
@@ -74,9 +75,10 @@ class WeightFile:
             BadInput: a missing or unreadable file, or one whose sha256 is not that of its name.
         """
         path = self.path
-        if not path.is_file():
-            raise BadInput(f"{self.key}: {path}: no such file; download {self.published} to it, {self.remedy}")
         stated = _HASHED.search(path.name)
+        if not path.is_file():
+            digest = f" (sha256 {stated[1]}...)" if stated else ""
+            raise BadInput(f"{self.key}: {path}: no such file; download {self.published}{digest} to it, {self.remedy}")
         if stated and not (digest := sha256(path)).startswith(stated[1]):
             raise BadInput(
                 f"{self.key}: {path}: expected sha256 {stated[1]}..., got {digest[:16]}...; "

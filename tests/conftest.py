@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from rqvae.trainers.meter import Meter
 
 ROOT = Path(__file__).parent.parent
 os.environ["WANDB_MODE"] = "disabled"
@@ -69,7 +73,8 @@ def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / f"step_{step:08d}"
     assert (folder / "COMPLETE").exists(), folder
     files = sorted(folder.rglob("*.safetensors"))
-    return {f"{f.relative_to(folder).with_suffix('')}:{k}": v for f in files for k, v in load_file(f).items()}
+    # clones: what is loaded is a view of the file, and changes with it
+    return {f"{f.relative_to(folder).with_suffix('')}:{k}": v.clone() for f in files for k, v in load_file(f).items()}
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -92,3 +97,9 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
             scale = max(float(value.abs().max()), 1e-2)
             worst = max(worst, float((value - b[key]).abs().max()) / scale)
     return worst
+
+
+def means_of(meter: Meter) -> dict[str, float]:
+    """What a row would say of a meter's observations, which it forgets."""
+    window = meter.take()
+    return window.means({name: value.item() for name, value in window.tensors.items()})

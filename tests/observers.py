@@ -8,7 +8,9 @@ import os
 import time
 from pathlib import Path
 
+from rqvae.backends.sharded import whole
 from rqvae.callbacks.interfaces import Observer, RunView, UpdateView
+from rqvae.shards import own_part
 
 
 class RankWeights(Observer):
@@ -37,3 +39,29 @@ class Slow(Observer):
 
     def after_step(self, run: RunView, losses: object) -> None:  # type: ignore[override]
         time.sleep(self.seconds)
+
+
+class RankState(Observer):
+    """What every rank ends with: hashes of all whole tensors by group, and of each block the numbers it holds."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def after_step(self, run: RunView, losses: object) -> None:  # type: ignore[override]
+        if run.clock.step < run.clock.total_steps:
+            return
+        state, blocks, total = run.state, {}, {}  # type: ignore[attr-defined]
+        groups = {f"module/{name}": module.state_dict() for name, module in state.modules.items()}
+        groups |= {ema.name: ema.state_dict() for ema in state.ema}
+        groups |= {f"optimizer/{update.name}": update.state_dict() for update in state.updates}
+        digests = {}
+        for group, tensors in groups.items():
+            full = [whole(value.detach()).contiguous() for value in tensors.values()]
+            digests[group] = hashlib.sha256(b"".join(v.numpy().tobytes() for v in full)).hexdigest()
+        for name, module in state.modules.items():
+            for i, block in enumerate(module.repeated_blocks() if hasattr(module, "repeated_blocks") else [module]):
+                blocks[f"{name}/{i}"] = sum(own_part(p).numel() for p in block.parameters())
+                total[f"{name}/{i}"] = sum(p.numel() for p in block.parameters())
+        self.folder.mkdir(exist_ok=True)
+        found = {"whole": digests, "blocks": blocks, "total": total}
+        (self.folder / f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rqvae"
-LEAVES = {"contracts", "errors", "randomness", "processes", "durations", "weight_files", "lpips_network"}
+LEAVES = {"contracts", "errors", "randomness", "processes", "durations", "weight_files", "lpips_network", "shards"}
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": set(),
     "backends": set(),
@@ -19,9 +19,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "img_datasets": set(),
     "models": {"img_datasets.interfaces", "diffusion"},
     "callbacks": {"models", "backends", "img_datasets", "metrics", "diffusion"},
+    "diagnostics": {"models", "backends"},
     "run": {"callbacks.interfaces", "img_datasets", "models", "trainers.settings", "trainers.updates"},
-    "trainers": {"callbacks", "models", "backends", "img_datasets", "metrics", "diffusion", "games", "run"},
+    "trainers": {"callbacks", "models", "backends", "img_datasets", "metrics", "diffusion", "games", "run"}
+    | {"diagnostics"},
     "reports": {"metrics"},
+    "health": set(),
 }
 VENDORS = ("torch_xla", "habana_frameworks")
 

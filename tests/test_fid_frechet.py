@@ -52,6 +52,27 @@ def test_equals_the_code_of_pytorch_fid_and_torch_fidelity() -> None:
     assert ours.value == pytest.approx(next(iter(other.values())), rel=1e-9)
 
 
+@pytest.mark.parametrize("dim", [1, 255, 256, 257, 600])
+def test_blocks_of_the_triangular_product(dim: int) -> None:
+    """At, below and above the width of a block, against samples whose covariances are of full rank."""
+    x, y = samples(dim + 60, 1, dim), samples(dim + 90, 2, dim)
+    ours = (
+        frechet(*moments(x), *moments(y))
+        if dim > 1
+        else frechet(x.mean(0), np.var(x, ddof=1, axis=0)[None], y.mean(0), np.var(y, ddof=1, axis=0)[None])
+    )
+    assert ours.route == "cholesky_1"
+    assert ours.value == pytest.approx(nuclear(x, y), rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-12, 1e-9])
+def test_what_is_not_quite_symmetric_is_averaged(size: float) -> None:
+    (mu1, s1), (mu2, s2) = moments(samples(400, 1)), moments(samples(500, 2))
+    noise = np.random.default_rng(0).normal(size=s1.shape) * size * np.abs(s1).max()
+    expected = frechet(mu1, s1 + (noise + noise.T) / 2, mu2, s2).value
+    assert frechet(mu1, s1 + noise, mu2, s2).value == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("n1", "n2", "route", "rank"),
     [

@@ -15,16 +15,17 @@ from rqvae.configuration import read
 from rqvae.durations import Duration
 from rqvae.img_datasets.feed import Positions, make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper
+from rqvae.metrics.reconstruction import ReconstructionScores
 from rqvae.run import AnyRun
 from rqvae.trainers import stage1_trainer, stage2_trainer
 from rqvae.trainers.clock import Clock
-from rqvae.trainers.evaluation_trainer import SplitWalk, load_evaluated, reconstruction_scores
+from rqvae.trainers.evaluation_trainer import SplitWalk, load_evaluated, reconstruct
 from rqvae.trainers.meter import Meter
 from rqvae.trainers.parts import Parts
 from rqvae.trainers.settings import CheckpointSettings
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
-from tests.conftest import assert_same, only, rows, tensors
+from tests.conftest import assert_same, means_of, only, rows, tensors
 
 
 class NoHostSync(TorchDispatchMode):
@@ -131,7 +132,10 @@ def test_evaluated_weights_are_the_averages(tmp_path: Path, cli) -> None:
     walk = SplitWalk(run.data, "val", backends.create("cpu"))
 
     def score() -> float:
-        return reconstruction_scores(run.stage1.eval(), walk, 16, ["psnr"], "")["psnr"]
+        scores = ReconstructionScores()
+        for batch, valid in walk.batches(16):
+            scores.update(reconstruct(run.stage1.eval(), batch.require_img()), batch.require_img(), valid)
+        return scores.result(scores.state())["psnr"]
 
     load_evaluated(run.stage1, "stage1", folder)
     average = score()
@@ -192,11 +196,11 @@ def test_meter_means_are_over_all_micro_batches() -> None:
     meter = Meter(backends.create("cpu"))
     for value in (1.0, 2.0, 6.0):
         meter.add({"x": torch.tensor(value)})
-    assert meter.means()["train/x"].item() == pytest.approx(3.0)
-    assert meter.means() == {}
+    assert means_of(meter) == {"train/x": pytest.approx(3.0)}
+    assert means_of(meter) == {}
     for _ in range(500):
         meter.add({"x": torch.ones((), dtype=torch.bfloat16)})
-    assert meter.means()["train/x"].item() == 1.0
+    assert means_of(meter) == {"train/x": 1.0}
 
 
 def test_unfinished_row_survives_a_resume(tmp_path: Path, cli) -> None:

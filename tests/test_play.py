@@ -70,7 +70,8 @@ def test_a_played_frame_is_the_sampled_one() -> None:
         tick = session.tick()
         actions.append(key)
         seen = torch.ones(1, 3, dtype=torch.bool)
-        condition = ActionCondition(torch.stack(latents[-3:])[None], torch.tensor([actions[-3:]]), seen, 5)
+        context, past = torch.stack(latents[-3:])[None], torch.tensor([actions[-3:]])
+        condition = ActionCondition(context, past, seen, 5, encoded=True)
         output = world.two_stage.sample(condition, frame_noise((48, 8, 8), 3, 0, t)[None])
         latents.append(output.zs_pred[0])
         expected = to_uint8(world.two_stage.decode(output))[0].permute(1, 2, 0).numpy()
@@ -152,11 +153,12 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-def unpack(message: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+def unpack(message: bytes) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
     (size,) = struct.unpack(">I", message[:4])
     facts, body = json.loads(message[4 : 4 + size]), message[4 + size :]
-    pictures = (body[: facts["dream"]], body[facts["dream"] :])
-    dream, real = (np.asarray(Image.open(io.BytesIO(part))) for part in pictures)
+    pictures = (body[: facts["dream"]], body[facts["dream"] :])  # the second is empty once the real game is over
+    dream, real = (np.asarray(Image.open(io.BytesIO(part))) if part else None for part in pictures)
+    assert dream is not None
     return facts, dream, real
 
 
@@ -169,6 +171,7 @@ def test_the_socket_streams_and_takes_keys(client: TestClient) -> None:
         }  # fmt: skip
         header, dream, real = unpack(browser.receive_bytes())
         assert header["step"] == 1
+        assert real is not None
         assert dream.shape == real.shape == (32, 32, 3)
         for order in ({"press": 2}, {"steps": 2}, {"release": True}, {"reset": 4}):
             browser.send_json(order)
@@ -220,3 +223,15 @@ def test_a_port_in_use_is_said_before_a_model_is_loaded() -> None:
         port = str(taken.getsockname()[1])
         with pytest.raises(BadInput, match=f"--port: expected a free port on 127.0.0.1, got {port}"):
             run(["nowhere", "--port", port])
+
+
+def test_what_is_not_ours_or_out_of_range_is_refused(client: TestClient) -> None:
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/play", headers={"origin": "http://elsewhere"}):
+        pass
+    with client.websocket_connect("/play", headers={"origin": "http://testserver"}) as browser:
+        browser.receive_json()
+        browser.send_text('{"press": 1e400}')
+        browser.send_text('{"reset": Infinity}')
+        errors = 0
+        while errors < 2:
+            errors += bool(browser.receive().get("text"))

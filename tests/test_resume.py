@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from rqvae.trainers.checkpoint import prune, save, verify
 from tests.conftest import assert_same, finish, only, rows, start, tensors, without_times
 
 SLOW = '[{"class_path": "tests.observers.Slow", "init_args": {"seconds": 0.15}}]'
@@ -108,6 +110,15 @@ def test_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, cli, capfd) ->
     assert "stage2.safetensors: expected sha256" in said
     assert "from step_00000015" in said
     assert_same(tensors(run, 20), before)
+    verify(run / "checkpoints" / "step_00000020")
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    for step in (5, 6, 10):
+        save(tmp_path / "checkpoints" / f"step_{step:08d}", {"model/a": {"x": torch.zeros(2)}}, {})
+    folders = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in (5, 6, 10)]
+    prune(tmp_path, folders[1], 1, set())
+    assert [folder.exists() for folder in folders] == [False, True, True]
 
 
 def test_nothing_left_to_do_is_said(tmp_path: Path, cli, capfd) -> None:

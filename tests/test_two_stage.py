@@ -207,7 +207,7 @@ def test_prepare_encodes_images_and_context_the_same_way() -> None:
     assert model.stage1.encoded == encoded_before
     assert torch.equal(again.encodings.zs, ready.encodings.zs)
     assert again.condition.context is ready.condition.context
-    with pytest.raises(BadInput, match=r"condition.context: expected frames \(B, K, 3, 8, 8\) or latents"):
+    with pytest.raises(BadInput, match=r"condition.context: expected frames \(B, K, 3, 8, 8\), or latents"):
         model.prepare(replace(batch, condition=actions(2, context=torch.zeros(2, 2, 1, 8, 8))))
 
 

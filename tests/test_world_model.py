@@ -24,7 +24,7 @@ from rqvae.models.stage2.linear_dit import LinearDiT
 from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import fill
-from rqvae.trainers.dream import Dream, frame_noise
+from rqvae.trainers.dream import Dream, frame_noise, model_numbers
 from rqvae.trainers.rollout import Dreamer, control, one_step, persistence
 
 SPEC = DataSpec((3, 32, 32), num_actions=5, history=3, context=True)
@@ -172,7 +172,7 @@ def test_a_dream_equals_its_frames_sampled_one_by_one() -> None:
         frame = dream.step(ahead[:, t], noise)
         actions = torch.cat((actions, ahead[:, t : t + 1]), dim=1)
         condition = ActionCondition(
-            torch.stack(latents[-3:], 1), actions[:, -3:], torch.ones(2, 3, dtype=torch.bool), 5
+            torch.stack(latents[-3:], 1), actions[:, -3:], torch.ones(2, 3, dtype=torch.bool), 5, encoded=True
         )
         output = whole.sample(condition, noise)
         assert torch.equal(frame, whole.decode(output))
@@ -355,3 +355,38 @@ def test_pixel_errors_are_those_of_skimage() -> None:
     moving = (np.abs(target.astype(int) - before).max(-1) > 25.5) & (np.arange(8) >= 4)[None, :, None]
     expected = peak_signal_noise_ratio(target[moving], predicted[moving], data_range=255)
     assert errors.psnr_moving == pytest.approx(expected, abs=1e-9)
+
+
+def test_latents_of_the_images_shape_are_encoded_once() -> None:
+    """Pixels as latents: nothing but the mark tells frames from latents."""
+    spec = DataSpec((3, 8, 8), num_actions=5, history=2, context=True)
+    torch.manual_seed(0)
+    world = WorldModel((3, 8, 8), spec, backbone=small)
+    whole = TwoStage(PixelStage1(1), base_connector(), world, (3, 8, 8)).eval()
+    frames, past = torch.rand(1, 2, 3, 8, 8), torch.tensor([[0]])
+    seen = []
+    world.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[2].context))
+    Dream.begin(whole, frames, past, 5).step(torch.tensor([1]), torch.randn(1, 3, 8, 8))
+    torch.testing.assert_close(seen[0], 2 * frames - 1)
+
+
+def test_windows_that_no_episode_has_room_for_are_refused() -> None:
+    with pytest.raises(BadInput, match="at most 20 steps"):
+        maze_windows(MazeChase(max_steps=20), 2, history=4, horizon=20, seed=0)
+    with pytest.raises(BadInput, match="episodes have"):
+        maze_windows(MazeChase(num_ghosts=4), 2, history=4, horizon=300, seed=0)
+
+
+def test_actions_are_mapped_by_name() -> None:
+    game = MazeChase()
+    assert model_numbers((), game.action_names) == (0, 1, 2, 3, 4)
+    numbers = model_numbers(("LEFT", "RIGHT", "UP", "DOWN", "NOOP"), game.action_names)
+    assert numbers == (4, 2, 1, 0, 3)
+    with pytest.raises(BadInput, match="expected a model of NOOP, UP, RIGHT, LEFT, DOWN, got one of FIRE, NOOP"):
+        model_numbers(("FIRE", "NOOP"), game.action_names)
+    whole, windows = two_stage(), maze_windows(game, 2, history=3, horizon=3, seed=0)
+    seen = []
+    whole.stage2.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[2].actions))
+    Dreamer(whole, 5, numbers)(windows.context, windows.actions[:, :2], windows.actions[:, 2:3], 0)
+    expected = np.array(numbers)[windows.actions[:, :3]]
+    assert np.array_equal(seen[0].numpy(), expected)

@@ -101,7 +101,7 @@ class Run:
         settings = self.config["train"]
         backend = backends.create(backend_name, precision=settings["precision"], threads=settings["threads"])
         request = TrainRequest(
-            place, None if resume_ckpt is None else str(resume_ckpt), resume_wandb_id, fresh, online_eval
+            place, None if resume_ckpt is None else str(resume_ckpt), resume_wandb_id, fresh, online_eval, self.folder
         )
         try:
             job = TrainingJob(self.configuration.instantiate(), self.config, backend, request)

@@ -11,6 +11,7 @@ packages are recorded by their import path; no code is in the folder, and nothin
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -118,8 +119,12 @@ def write(folder: Path, description: Description, stage1: Stage1Model, two_stage
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read(folder: Path) -> tuple[Description, Stage1Model, TwoStage | None]:
+def read(folder: Path, trust_code: bool = True) -> tuple[Description, Stage1Model, TwoStage | None]:
     """An exported model in eval mode on the host.
+
+    Args:
+        folder: with config.json.
+        trust_code: import classes of other packages than this one.
 
     Raises:
         BadInput: one line that names the file and the key: not such a folder, a class that cannot be imported,
@@ -132,6 +137,8 @@ def read(folder: Path) -> tuple[Description, Stage1Model, TwoStage | None]:
     _verify(folder, content)
     spec = _data_spec(content.get("data_spec"), folder / CONFIG)
     description = Description(spec, {name: content.get(name) for name in PARTS}, content.get("source") or {})
+    if not trust_code:
+        _refuse_foreign_code(description.parts, folder)
     with torch.random.fork_rng(devices=[]):  # start weights are overwritten: loading draws no number of the caller's
         parts = build(PartsSchema, _with_sources(description.parts, folder), str(folder / CONFIG))
         two_stage = _assemble(parts, spec)
@@ -163,6 +170,27 @@ def _verify(folder: Path, content: dict[str, Any]) -> None:
             raise BadInput(f"{folder / name}: expected the file that {CONFIG} lists, found none")
         if checkpoint.file_sha256(folder / name) != sha256:
             raise BadInput(f"{folder / name}: expected sha256 {sha256[:12]}..., the file is damaged")
+
+
+def _refuse_foreign_code(parts: Mapping[str, Any], folder: Path) -> None:
+    """BadInput where a value names a module of another package: importing it would run a stranger's code."""
+    for key, text in _texts(parts):
+        head, dot, _ = text.partition(".")
+        if dot and head != "rqvae" and text.replace(".", "").isidentifier() and importlib.util.find_spec(head):
+            where = f"{folder / CONFIG}: {key}"
+            raise BadInput(f"{where}: expected a part of rqvae, got {text}; trust_code=True of rqvae.load imports it")
+
+
+def _texts(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every text with the key it is under."""
+    if isinstance(values, str):
+        yield prefix.rstrip("."), values
+    elif isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _texts(value, f"{prefix}{key}.")
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, prefix)
 
 
 def _with_sources(parts: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rqvae.api import exported, sources
 from rqvae.api.pipeline import Pipeline
 from rqvae.configuration import read
@@ -21,7 +23,12 @@ DIFFUSERS_WRAPPERS = "rqvae.models.stage1.diffusers_vae."
 
 
 def load(
-    source: str | Path, *, weights: str | None = None, revision: str | None = None, device: str | None = None
+    source: str | Path,
+    *,
+    weights: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    trust_code: bool = False,
 ) -> Pipeline:
     """A trained model, by default with the weights that are evaluated (EMA).
 
@@ -31,6 +38,8 @@ def load(
         weights: of a run: `model` for the trained weights themselves, or the name of an average such as `ema_0.9999`.
         revision: of a hub id: branch, tag or commit.
         device: cpu, cuda or auto, as the commands' --backend; None stays on the host.
+        trust_code: of a hub id: import what its config names from other packages than this one. Folders on this
+            machine are trusted.
 
     Raises:
         BadInput: one line: nothing there, no complete checkpoint, other Stage1 weights than the generator was trained
@@ -46,7 +55,8 @@ def load(
 
         pipeline = wrap_diffusers(folder)
     elif (folder / exported.CONFIG).exists():
-        description, stage1, two_stage = exported.read(folder)
+        here = Path(source).exists()
+        description, stage1, two_stage = exported.read(folder, trust_code=trust_code or here)
         pipeline = Pipeline(description.data_spec, stage1, two_stage, description)
     else:
         raise BadInput(
@@ -85,7 +95,8 @@ def _load_run(folder: Path, path: Path, weights: str | None) -> Pipeline:
         return Pipeline(spec, run.stage1.eval(), None, description)
     if run.stage1_checkpoint is not None:
         run = replace(run, stage1_checkpoint=str(place_of(run.stage1_checkpoint, folder)))
-    two_stage = load_two_stage(run, path, weights)
+    with torch.random.fork_rng(devices=[]):  # start weights are overwritten: loading draws no number of the caller's
+        two_stage = load_two_stage(run, path, weights)
     at = checkpoint.find(path)
     description = exported.Description(spec, parts, describe_run(folder, at, configuration.resolved, weights))
     return Pipeline(spec, two_stage.stage1, two_stage, description)
@@ -152,7 +163,10 @@ def _scores(path: Path, step: int) -> dict[str, float]:
     scores: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         if '"val/' in line or '"eval/' in line:
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last row of a run that is being written, or was cut
+                continue
             if row["step"] <= step:
                 scores |= {k: v for k, v in row.items() if k.startswith(("val/", "eval/"))}
     return scores

@@ -2,36 +2,77 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from rqvae.backends import launch as torchrun
+from rqvae.backends import xla_environment, xla_launch
 from rqvae.backends.cpu import CpuBackend
 from rqvae.backends.cuda import CudaBackend
 from rqvae.backends.eager import EagerBackend
+from rqvae.backends.hpu import HpuBackend
 from rqvae.backends.interfaces import Backend, Precision
-from rqvae.backends.launch import in_job, launch
 from rqvae.backends.scaling import LossScaler
 from rqvae.errors import BadInput
 from rqvae.processes import leave_with_parent
 
 __all__ = ["Backend", "LossScaler", "Precision", "choose", "create", "in_job", "launch"]
 
-_BACKENDS: dict[str, type[EagerBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend}
+_BACKENDS: dict[str, type[EagerBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "hpu": HpuBackend}
+_OPTIONS = {name: backend.options for name, backend in _BACKENDS.items()} | {"xla": ("spmd",)}
 
 
 def choose(name: str | None = None) -> str:
-    """The backend's name: `name`, else RQVAE_BACKEND, else cuda where a GPU is, else cpu.
+    """The backend's name: `name`, else RQVAE_BACKEND, else what is found here.
+
+    Looked for are a GPU (cuda), the vendor's package (hpu) and a TPU (xla); else it is cpu.
+
+    A name may be followed by options of that backend, such as `hpu:lazy,fused` or `xla:spmd`.
 
     Raises:
-        BadInput: a name that is none; an explicit choice is never replaced by another backend.
+        BadInput: a name or an option that is none; an explicit choice is never replaced by another backend.
     """
     name = name or os.environ.get("RQVAE_BACKEND") or "auto"
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in _BACKENDS:
-        raise BadInput(f"--backend: expected one of auto, {', '.join(_BACKENDS)}, got {name}")
+        return _found_here()
+    kind, _, options = name.partition(":")
+    if kind not in _OPTIONS:
+        raise BadInput(f"--backend: expected one of auto, {', '.join(_OPTIONS)}, got {name}")
+    known = _OPTIONS[kind]
+    if unknown := [option for option in options.split(",") if options and option not in known]:
+        expected = f"options of {kind} among {', '.join(known)}" if known else f"no option for {kind}"
+        raise BadInput(f"--backend {name}: expected {expected}, got {unknown[0]}")
     return name
+
+
+def _found_here() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if importlib.util.find_spec("habana_frameworks") is not None:
+        return "hpu"
+    return "xla" if xla_environment.tpu_present() else "cpu"
+
+
+def in_job() -> bool:
+    """Whether a launcher (ours, torchrun, SLURM with torchrun) started this process as a rank of a job."""
+    return torchrun.in_job() or xla_environment.JOB in os.environ
+
+
+def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0, backend: str | None = None) -> int:
+    """Run `python -m rqvae ARGUMENTS` on `world_size` devices of this host, as the backend wants it, and wait.
+
+    Returns:
+        The exit code: 0, or that of the rank that failed first; 128 + signal after a signal that ended the job.
+    """
+    kind, _, options = choose(backend).partition(":")
+    if kind != "xla":
+        return torchrun.launch(arguments, world_size, threads=threads)
+    xla_environment.take(options.split(","))
+    return xla_launch.launch(arguments, world_size, threads=threads)
 
 
 def create(name: str | None = None, *, precision: Precision = "fp32", threads: int = 0) -> Backend:
@@ -42,4 +83,15 @@ def create(name: str | None = None, *, precision: Precision = "fp32", threads: i
             raise BadInput(f"{name_of_variable}: expected to be unset (train.precision chooses bf16)")
     if in_job():
         leave_with_parent()
-    return _BACKENDS[choose(name)](precision, threads)
+    kind, _, options = choose(name).partition(":")
+    if kind == "xla":
+        xla_environment.take(options.split(","))
+        xla_environment.prepare()
+        # here, and only where it is chosen: it must be imported before the first backward pass of the process
+        try:
+            from rqvae.backends import xla
+        except ImportError as error:  # another torch than it was built for
+            raise BadInput(f"backend xla: torch_xla cannot be imported: {' '.join(str(error).split())}") from error
+        return xla.create(precision, threads)
+    more: dict[str, Any] = {"options": options.split(",")} if options else {}
+    return _BACKENDS[kind](precision, threads, **more)

@@ -31,7 +31,7 @@ def check_host_compiler() -> None:
         raise BadInput(f"train.compile: expected a C++ compiler for the CPU (install g++ or set CXX), found no {name}")
 
 
-def compile_in_place(block: nn.Module, compiler: str) -> None:
+def compile_in_place(block: nn.Module, compiler: str | Callable[..., Any]) -> None:
     """Compile a block at its next call, as one graph for each set of shapes; names in its state_dict do not change.
 
     `fullgraph` makes a graph break an error, so that a run that goes on has none. `dynamic=False`: blocks of one class
@@ -39,7 +39,7 @@ def compile_in_place(block: nn.Module, compiler: str) -> None:
 
     Args:
         block: a module that is called as `block(...)`.
-        compiler: name of a `torch.compile` backend.
+        compiler: a `torch.compile` backend or its name.
     """
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)

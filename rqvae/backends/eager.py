@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity
 
@@ -22,6 +23,8 @@ from rqvae.backends.guarded import step_if_finite
 from rqvae.backends.interfaces import Movable, Precision, ReduceOp
 from rqvae.backends.peaks import peak_tflops
 from rqvae.backends.scaling import LossScaler
+from rqvae.backends.sharded import clip_parts, only_last_reduces
+from rqvae.shards import is_sharded
 
 T = TypeVar("T")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
@@ -42,6 +45,11 @@ class EagerBackend:
     process_group: str
     pin_memory = False
     compiler = "inductor"
+    widest_float = torch.float64
+    fused_adamw = True
+    bucket_cap_mb = 25
+    options: tuple[str, ...] = ()
+    _host_group: dist.ProcessGroup | None = None
 
     def __init__(self, precision: Precision = "fp32", threads: int = 0, timeout: float = 600.0) -> None:
         self.precision: Precision = precision
@@ -51,7 +59,11 @@ class EagerBackend:
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = self.choose_device(int(os.environ.get("LOCAL_RANK", 0)))
         if self.world_size > 1:
-            dist.init_process_group(self.process_group, timeout=datetime.timedelta(seconds=timeout))
+            limit = datetime.timedelta(seconds=timeout)
+            dist.init_process_group(self.process_group, timeout=limit)
+            # What lives on the host stays there: objects, and sums in a type that the device may not have. It waits
+            # long, as rank 0 may be writing 50,000 images or fetching data; the death of a rank is noticed at once.
+            self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
     def choose_device(self, local_rank: int) -> torch.device:
         """This process's device."""
@@ -79,8 +91,13 @@ class EagerBackend:
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
-        ids = None if self.device_type == "cpu" else [self.device.index]
-        return DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            module,
+            None if self.device.index is None else [self.device.index],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=self.bucket_cap_mb,
+        )
 
     def autocast(self) -> AbstractContextManager[Any]:
         compute = _COMPUTE.get(self.precision)
@@ -91,6 +108,8 @@ class EagerBackend:
             yield batch.to(self.device, self.dtype)
 
     def accumulate(self, module: nn.Module, *, sync: bool) -> AbstractContextManager[Any]:
+        if isinstance(module, FSDPModule):
+            return only_last_reduces(module, last=sync)
         if sync or not isinstance(module, DistributedDataParallel):
             return contextlib.nullcontext()
         return module.no_sync()
@@ -104,6 +123,21 @@ class EagerBackend:
     def reduce(self, params: Sequence[nn.Parameter]) -> None:
         """The last backward did it."""
 
+    def adamw(
+        self,
+        params: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=self.fused_adamw)
+
+    def clip_gradients(self, params: Sequence[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradients down to the norm `limit` where theirs is larger; the norm before it, a scalar."""
+        return nn.utils.clip_grad_norm_(params, limit)
+
     def step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -113,10 +147,12 @@ class EagerBackend:
         scaler: LossScaler | None = None,
         only_finite: bool = False,
     ) -> Tensor:
-        if clip is None:
+        if is_sharded(params[0]):
+            norm = clip_parts(self, params, clip)
+        elif clip is None:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         else:
-            norm = nn.utils.clip_grad_norm_(params, clip)
+            norm = self.clip_gradients(params, clip)
         if scaler:
             norm = scaler.step(optimizer, norm)
         elif only_finite:
@@ -130,36 +166,50 @@ class EagerBackend:
         """Nothing: an eager device has no graph to end."""
 
     def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
-        values = torch.stack([t.detach().double() for t in tensors.values()]).tolist() if tensors else []
-        fn(**dict(zip(tensors, values, strict=True)))
+        stacked = [t.detach().to(self.widest_float).reshape(()) for t in tensors.values()]
+        fn(**dict(zip(tensors, torch.stack(stacked).tolist() if stacked else [], strict=True)))
+
+    def settle(self) -> None:
+        """Nothing: `when_ready` holds nothing back."""
+
+    def _group_of(self, x: Tensor) -> dist.ProcessGroup | None:
+        """The host's processes for a tensor of the host, else (None) the device's."""
+        return self._host_group if x.device.type == "cpu" else None
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
         if self.world_size == 1:
             return x.detach().clone()
         x = x.detach().clone()
-        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=self._group_of(x))
         return x / self.world_size if op == "mean" else x
 
     def all_gather(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
             return x.detach()[None]
         parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x.detach().contiguous())
+        dist.all_gather(parts, x.detach().contiguous(), group=self._group_of(x))
         return torch.stack(parts)
+
+    def not_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
+        flags = torch.stack([~value.detach().to(self.device).isfinite().all() for value in tensors])
+        return self.all_reduce(flags.float(), "max").bool().tolist()
 
     def broadcast(self, value: T) -> T:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._host_group)
         return box[0]
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self._host_group)
 
     def seed(self, number: int) -> None:
         torch.manual_seed(number)
+
+    def generator(self, seed: int) -> torch.Generator:
+        return torch.Generator(device=self.device).manual_seed(seed)
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():

@@ -32,6 +32,7 @@ class Backend(Protocol):
     """One process's view of its device and of the other processes.
 
     `pin_memory`: whether batches in page-locked memory reach the device faster.
+    `widest_float`: the most precise floating-point type that the device computes in.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Backend(Protocol):
     rank: int
     world_size: int
     pin_memory: bool
+    widest_float: torch.dtype
 
     @property
     def device_name(self) -> str:
@@ -102,6 +104,21 @@ class Backend(Protocol):
         """Gradients are the global mean from here on. Nothing to do where the last backward did it."""
         ...
 
+    def adamw(
+        self,
+        params: Sequence[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> torch.optim.Optimizer:
+        """AdamW (Loshchilov & Hutter 2019) in the form that is best on the device.
+
+        What it keeps between steps is in `optimizer.state` as tensors, so that a checkpoint has all of it.
+        """
+        ...
+
     def step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -127,15 +144,35 @@ class Backend(Protocol):
         ...
 
     def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
-        """Call `fn` with the tensors' values as floats, without stalling the device."""
+        """Call `fn` with the values of tensors of one element as floats, without stalling the device.
+
+        `fn` may be called later, in a `mark_step` or in `settle`; in the order of the calls in any case.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Wait for what `when_ready` holds back, and call it. What a function raises comes out here."""
         ...
 
     def all_reduce(self, x: Tensor, op: ReduceOp = "sum") -> Tensor:
-        """A new tensor: `x` reduced over ranks. Not differentiable."""
+        """A new tensor: `x` reduced over ranks. Not differentiable.
+
+        Args:
+            x: on the device, or on the host (in any type, float64 too); the result is where x is.
+            op: sum, mean or max.
+        """
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(world_size, ...) the ranks' tensors of one shape."""
+        ...
+
+    def not_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
+        """Whether each tensor has an entry that is not finite, on any rank; with one reading from the device.
+
+        Args:
+            tensors: floating-point ones, on the device or on the host.
+        """
         ...
 
     def broadcast(self, value: T) -> T:
@@ -148,6 +185,10 @@ class Backend(Protocol):
 
     def seed(self, number: int) -> None:
         """Seed what modules draw themselves (dropout)."""
+        ...
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A seeded generator, on the device where that has any, else on the host."""
         ...
 
     def close(self) -> None:

@@ -58,14 +58,19 @@ def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> in
 
 
 def _report(error: ChildFailedError, folder: Path) -> int:
-    """Say why the first rank failed and return its code; torchrun reports death by a signal as a negative one."""
-    rank, first = min(error.failures.items(), key=lambda item: item[1].timestamp)
-    if (words := folder / f"rank_{rank}").exists():
-        return _say(words)
-    if first.exitcode < 0:
-        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-first.exitcode).name}\n")
+    """Say why the job failed and return the code of the rank that failed first.
+
+    Whose exit was seen first tells little: a rank that gives up closes its connections before it is gone, and the
+    others, which wait for it, may be gone earlier. A rank that was killed left no words; else the first words count.
+    torchrun reports death by a signal as a negative code.
+    """
+    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+    words = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    if killed and not (folder / f"rank_{killed[0][0]}").exists():
+        rank, failure = killed[0]
+        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
         return 3
-    return first.exitcode
+    return _say(words[0]) if words else max(failure.exitcode for failure in error.failures.values())
 
 
 def _say(words: Path) -> int:

@@ -15,7 +15,7 @@ from rqvae.durations import Duration
 
 @dataclass
 class OnlineEval(Observer):
-    """Adds `evaluate()`'s scores to the row whenever `every` is due.
+    """Adds `evaluate(run)`'s scores to the row whenever `every` is due.
 
     Args:
         every: how often.
@@ -25,10 +25,10 @@ class OnlineEval(Observer):
 
     every: Duration
     weights: Callable[[], AbstractContextManager[Any]]
-    evaluate: Callable[[], Mapping[str, float]]
+    evaluate: Callable[[RunView], Mapping[str, float]]
 
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         if run.clock.due(self.every):
             with self.weights():
-                scores = self.evaluate()
+                scores = self.evaluate(run)
             run.log_scalars(scores)

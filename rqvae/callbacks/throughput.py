@@ -40,7 +40,8 @@ class Throughput(Observer):
     utilisation, Chowdhery et al. 2022, appendix B: what is computed again to save memory does not count). All four are
     of the whole loop, pictures, scores and checkpoints in the window included.
 
-    The window ends where a row is written, which is where an asynchronous device is waited for. The first step of a
+    The window ends at the step whose row is written; an asynchronous device may lag behind it by the steps it has in
+    its queue, which is a small share of a window. The first step of a
     process, with its warm-up, is left out, unless the row after it has nothing else.
 
     Args:

@@ -27,7 +27,7 @@ def parser() -> Parser:
     own.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="type on disk")
     own.add_argument("--batch-size", type=int, default=32, help="images of one forward")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
-    own.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
     return own
 
@@ -48,7 +48,9 @@ def run(arguments: Sequence[str]) -> int:
     if not backends.in_job():
         check_request(configuration.for_checks(), request)
         if check_world_size(options) > 1:
-            return backends.launch(["cache-latents", *arguments], options.world_size, threads=options.threads)
+            return backends.launch(
+                ["cache-latents", *arguments], options.world_size, threads=options.threads, backend=options.backend
+            )
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
         code = CachingJob(configuration.instantiate(), backend, request).execute()

@@ -52,7 +52,7 @@ def add_job_options(parser: Parser) -> None:
     parser.add_argument("--world-size", type=int, default=1, help="processes on this host")
     parser.add_argument("--resume-ckpt", help="run or checkpoint folder to start from, with its full state")
     parser.add_argument("--resume-wandb-id", help="Weights & Biases id to go on with")
-    parser.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    parser.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
 
 
@@ -80,7 +80,10 @@ def find_solver(name: str | None) -> Callable[..., Any] | None:
     """--solver; BadInput where `rqvae.diffusion.solvers` has none of that name."""
     from rqvae.diffusion import solvers
 
-    solver = getattr(solvers, name, None) if name else None
-    if name and solver is None:
-        raise BadInput(f"--solver: expected a function of rqvae.diffusion.solvers, got {name}")
-    return solver
+    if not name:
+        return None
+    known = {solver.__name__: solver for solver in (solvers.euler, solvers.heun, solvers.dpm_solver_pp_2m)}
+    classes = {kind.__name__: kind for kind in (solvers.DDIM, solvers.EulerMaruyama)}
+    if name not in known and name not in classes:
+        raise BadInput(f"--solver: expected one of {', '.join([*known, *classes])}, got {name}")
+    return known[name] if name in known else classes[name]()

@@ -15,11 +15,11 @@ def parser() -> Parser:
     own = Parser("rqvae play", description=__doc__)
     own.add_argument("model", metavar="RUN|NAME", help="run folder, exported folder or shipped name")
     own.add_argument("--host", default="127.0.0.1", help="loopback by default: whoever reaches the port can play")
-    own.add_argument("--port", type=int, default=8765)
+    own.add_argument("--port", type=int, default=8765, help="0 takes any free one")
     own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
     own.add_argument("--sessions", type=int, default=4, help="most players at once")
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
-    own.add_argument("--backend")
+    own.add_argument("--backend", help="cpu, cuda, xla or hpu; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 
@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae.play.server import PlayLimits, make_app
     from rqvae.play.session import World
     from rqvae.play.starts import starts_of_game
+    from rqvae.trainers.dream import model_numbers
 
     limits = PlayLimits(options.fps, options.sessions)
     listener = _listen(options.host, options.port)
@@ -45,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
         game = MazeChase(pipeline.spec.image_shape[1], options.ghosts)
         two_stage = pipeline.two_stage.to(backend.device)
         starts = starts_of_game(game, pipeline.spec.history)
-        world = World(two_stage, pipeline.spec.num_actions, game.action_names, starts, game)
+        numbers = model_numbers(pipeline.spec.names, game.action_names)
+        world = World(two_stage, pipeline.spec.num_actions, game.action_names, starts, game, numbers)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
@@ -59,6 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # from here on a browser waits for its answer, where it would be refused before
     except (OSError, OverflowError) as error:
         raise BadInput(f"--port: expected a free port on {host}, got {port} ({error}); choose another") from error
     return listener

@@ -14,6 +14,7 @@ def parser() -> Parser:
     own = Parser("rqvae recon", description=__doc__)
     add_job_options(own)
     own.add_argument("--ckpt", help="run or checkpoint folder")
+    own.add_argument("--compile-plan", metavar="FILE", help="compile_plan.yaml that `diagnose` wrote, for Stage1")
     return own
 
 
@@ -28,11 +29,17 @@ def run(arguments: Sequence[str]) -> int:
     configuration = read(config_files(options), overrides, inference=True)
     world_size, backend_name = check_world_size(options), backends.choose(options.backend)
     name = options.run_name or Path(config_files(options)[0]).stem
-    request = ReconRequest(Path(options.save_dir) / name, options.ckpt, options.resume_ckpt, options.resume_wandb_id)
+    request = ReconRequest(
+        Path(options.save_dir) / name,
+        options.ckpt,
+        options.resume_ckpt,
+        options.resume_wandb_id,
+        compile_plan=options.compile_plan,
+    )
     if not backends.in_job():
         check_request(configuration.for_checks(), request)
         if world_size > 1:
-            return backends.launch(["recon", *arguments], world_size, threads=options.threads)
+            return backends.launch(["recon", *arguments], world_size, threads=options.threads, backend=options.backend)
     backend = backends.create(backend_name, threads=options.threads)
     try:
         scores = reconstruct_split(configuration.instantiate(), backend, request)

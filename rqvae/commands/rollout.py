@@ -27,7 +27,7 @@ def parser() -> Parser:
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
     own.add_argument("--batch-size", type=int, default=64, help="windows of one call of the model, on each rank")
     own.add_argument("--json", type=Path, metavar="OUT", help="write the scores as JSON")
-    own.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
     return own
 
@@ -42,6 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae import backends
     from rqvae.api import change_sampler, load
     from rqvae.games.maze_chase import MazeChase
+    from rqvae.trainers.dream import model_numbers
     from rqvae.trainers.rollout import Dreamer, evaluate
     from rqvae.trainers.run_folder import make_folder
 
@@ -60,7 +61,8 @@ def run(arguments: Sequence[str]) -> int:
                 bar.update(new)
 
             two_stage = pipeline.two_stage.to(backend.device)
-            dreamer = Dreamer(two_stage, pipeline.spec.num_actions, sampler, options.batch_size, count)
+            numbers = model_numbers(pipeline.spec.names, game.action_names)
+            dreamer = Dreamer(two_stage, pipeline.spec.num_actions, numbers, sampler, options.batch_size, count)
             sizes = {"starts": options.starts, "horizon": options.horizon, "seeds": options.seeds}
             scores = evaluate(dreamer, game, history=pipeline.spec.history, **sizes)
     finally:
@@ -84,7 +86,8 @@ def _table(scores: dict[str, Any]) -> Table:
         copied = f"{row['copy_first']:.2f} / {row['copy_first_moving']:.2f}"
         table.add_row(f"rollout h = {h}, PSNR all / moving", f"{row['psnr']:.2f} / {row['psnr_moving']:.2f}", copied)
     for name in ("open_turns", "blocked_refused", "straight_on", "open_turns_null"):
-        table.add_row(name.replace("_", " "), f"{scores[name]:.3f}", "")
+        share = scores[name]
+        table.add_row(name.replace("_", " "), "no case" if share is None else f"{share:.3f}", "")
     for name in ("player_visible", "ghosts_visible"):
         for h, share in scores[name].items():
             table.add_row(f"{name.replace('_', ' ')}, h = {h}", f"{share:.3f}", "")

@@ -26,30 +26,37 @@ def parser() -> Parser:
     own.add_argument("--seed", type=int, default=0, help="of noise and labels")
     own.add_argument("--batch-size", type=int, default=64, help="images of one call of the model, on each rank")
     own.add_argument("--out", type=Path, required=True, metavar="DIR|FILE.npz", help="PNGs, or one ADM .npz")
+    own.add_argument("--compile-plan", metavar="FILE", help="compile_plan.yaml that `diagnose` wrote, for Stage1")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
-    own.add_argument("--backend", help="cpu or cuda; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
     return own
 
 
 def run(arguments: Sequence[str]) -> int:
     """Generate images with a trained Stage2 run: a folder of PNGs or an ADM .npz, and how they were made."""
-    options = parser().parse_args(list(arguments))
+    options, unknown = parser().split(arguments)
+    if unknown:
+        raise BadInput(f"rqvae sample: unrecognized arguments: {' '.join(unknown)}")
 
     from rqvae import backends
     from rqvae.api import change_sampler, load
     from rqvae.trainers.generate import SampleRequest, generate
+    from rqvae.trainers.parts import compile_planned
 
     request = SampleRequest(options.out, options.num, options.labels, options.seed, options.batch_size)
     solver = find_solver(options.solver)
     if not backends.in_job() and check_world_size(options) > 1:
-        return backends.launch(["sample", *arguments], options.world_size, threads=options.threads)
+        return backends.launch(
+            ["sample", *arguments], options.world_size, threads=options.threads, backend=options.backend
+        )
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
         pipeline = load(options.run)
         if pipeline.two_stage is None:
             raise BadInput(f"{options.run}: expected a Stage2 run, this one is an autoencoder")
         two_stage = pipeline.two_stage.to(backend.device)
+        compile_planned(two_stage.stage1, options.compile_plan, backend)
         sampler = change_sampler(two_stage, steps=options.steps, guidance=options.cfg, solver=solver)
         facts = generate(two_stage, pipeline.spec, sampler, backend, request, _source(options.run, pipeline))
         if backend.rank == 0:

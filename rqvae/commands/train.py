@@ -20,10 +20,14 @@ def parser() -> Parser:
     every_key = "Every key of the config is an option too (--train.steps 20k); --print-config lists them."
     own = Parser("rqvae train", description=__doc__, epilog=every_key)
     add_job_options(own)
+    own.add_argument("--compile-plan", metavar="FILE", help="the same as --train.compile_plan FILE")
     own.add_argument("--project", default="rqvae", help="folder below SAVE_DIR and W&B project")
     own.add_argument("--fresh", action="store_true", help="start a new run, do not go on with an earlier one")
     own.add_argument("--stage", type=int, choices=(1, 2), help="refuse a config of the other stage")
     own.add_argument("--do-online-eval", type=yes, default=True, metavar="True|False", help="score while training")
+    own.add_argument(
+        "--fid-gt-act-path", metavar="NPZ", help="compare scored images with it: the key online_eval.reference"
+    )
     own.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     own.add_argument("--dry-run", action="store_true", help="print shapes, parameters, operations, memory and exit")
     own.add_argument("--json", type=Path, metavar="OUT", help="with --dry-run: write it as JSON too")
@@ -43,6 +47,10 @@ def run(arguments: Sequence[str]) -> int:
 
     if options.threads:
         overrides += ["--train.threads", str(options.threads)]
+    if options.fid_gt_act_path:
+        overrides += ["--online_eval.reference", options.fid_gt_act_path]
+    if options.compile_plan:
+        overrides += ["--train.compile_plan", options.compile_plan]
     configuration = read(config_files(options), overrides)
     if options.stage and options.stage != configuration.stage:
         raise BadInput(
@@ -60,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         check(configuration.for_checks(), world_size)
         place.check_writable()
         if world_size > 1:
-            return backends.launch(["train", *arguments], world_size, threads=options.threads)
+            return backends.launch(["train", *arguments], world_size, threads=options.threads, backend=options.backend)
     settings = configuration.resolved["train"]
     backend = backends.create(backend_name, precision=settings["precision"], threads=settings["threads"])
     try:

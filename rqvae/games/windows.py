@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase, MazeState
 from rqvae.games.policies import POLICIES
 from rqvae.randomness import fold
@@ -73,10 +74,18 @@ def maze_windows(
         horizon: frames after them.
         seed: of the evaluation.
         policy: who plays, a key of `POLICIES`.
+
+    Raises:
+        BadInput: windows that no episode, or hardly one, is long enough for.
     """
     before, k = game.clone_state(), 0
     found: list[tuple[Frames, Actions, MazeState, Actions]] = []
     while len(found) < count:
+        if history + horizon > game.max_steps or k >= 200 * count:
+            raise BadInput(
+                f"history + horizon: expected windows that episodes of {policy} have room for (at most "
+                f"{game.max_steps} steps), got {history} + {horizon} frames, which {len(found)} of {k} episodes have"
+            )
         window = _one(game, history + horizon, fold("evaluation", seed, k), policy, history)
         found += [window] if window else []
         k += 1

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper
-from rqvae.processes import die_with_parent
+from rqvae.processes import STOP_SIGNALS, die_with_parent
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def _start_worker(_: int) -> None:
     worker follows a SIGTERM half a minute later, as Python joins workers that it has terminated at its exit.
     """
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # where the trainer is not its process's main thread
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -53,7 +54,7 @@ def _advice(name: str, error: Exception) -> str:
     words = " ".join(str(error).split())
     refused = f"the hub refuses it ({status})" if status else "the hub refuses it"
     token = "the token has no access to it" if _token() else "set HF_TOKEN (or hf auth login)"
-    if "GatedRepoError" in kinds or status == 403 or "gated" in words.lower():
+    if "GatedRepoError" in kinds or status == 403 or re.search(r"\bgated\b", words.lower()):
         return f"{refused}: accept its terms at https://huggingface.co/datasets/{name} while logged in; {token}"
     if status == 401:
         return f"{refused}: it is private, or has another name; {token}"

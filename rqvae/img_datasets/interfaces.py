@@ -74,12 +74,14 @@ class ActionCondition(Condition):
         actions: (B, K) int64 in [0, num_actions]; `num_actions` is the null action, which is never NOOP.
         mask: (B, K) bool; False where the history is missing.
         num_actions: how many real actions there are.
+        encoded: whether `context` holds latents, which may have the shape of frames.
     """
 
     context: Tensor | None
     actions: Tensor
     mask: Tensor
     num_actions: int
+    encoded: bool = False
 
     def null(self) -> ActionCondition:
         return replace(self, actions=torch.full_like(self.actions, self.num_actions))
@@ -375,6 +377,6 @@ def _stack(items: Sequence[_Named]) -> Any:
         return type(first.value)(**parts)
     if isinstance(first.value, dict):
         return {k: _stack([_Named(f"{first.name}.{k}", v.get(k)) for v in values]) for k in first.value}
-    if first.name.endswith((".num_classes", ".num_actions")):
+    if first.name.endswith((".num_classes", ".num_actions", ".encoded")):
         return first.value
     return list(values)

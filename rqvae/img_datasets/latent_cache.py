@@ -135,7 +135,7 @@ class LatentCache:
         """BadInput unless the latents are of images so prepared and of this shape.
 
         Args:
-            stage1: the model's class.
+            stage1: the model's class and structure.
             transform: of the split.
             image_shape: (3, H, W).
             shape: of a latent, without batch.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rqvae.errors import BadInput
+from rqvae.img_datasets.hub import ask
 
 LOOKED_AT = 64
 """Images that go into a table's fingerprint, evenly spaced: all of them would take minutes."""
@@ -145,7 +146,10 @@ class ParquetRows:
     def row(self, index: int) -> dict[str, Any]:
         """The columns of one row; reads its row group unless it is among the last ones used."""
         number = bisect_right(self._ends, index)
-        table = self._kept.pop(number) if number in self._kept else self._read(number)
+        if number in self._kept:
+            table = self._kept.pop(number)
+        else:
+            table = ask(self._files[self._groups[number].file], lambda: self._read(number))
         self._kept[number] = table
         if len(self._kept) > self._together:
             self._kept.popitem(last=False)

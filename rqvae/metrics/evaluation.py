@@ -15,6 +15,7 @@ from rqvae.metrics.frechet import FrechetDistance, frechet, frechet_features
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.inception import CLASSES, SPATIAL_DIM
 from rqvae.metrics.inception_score import InceptionScore
+from rqvae.metrics.protocol import stated_generation
 from rqvae.metrics.statistics import StreamingStatistics
 
 SPLITS = 10
@@ -63,7 +64,7 @@ class FeatureSums:
             self._kept[kind].append((rows, positions.cpu()))
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Sums of all ranks on every rank; kept features stay where they are.
+        """Sums of all ranks on every rank; kept features stay where they are, see `gather`.
 
         Raises:
             BadInput: not `n` images over all ranks.
@@ -73,6 +74,22 @@ class FeatureSums:
                 statistics.reduce(all_reduce, expected=self.n)
         for score in self.scores.values():
             score.replace(all_reduce(score.state()))
+
+    def gather(self, all_gather: Callable[[Tensor], Tensor]) -> None:
+        """Kept features of all ranks on every rank, for what cannot be computed from sums; collective.
+
+        Args:
+            all_gather: (world, ...) of the ranks' host tensors of one shape.
+        """
+        for kind in (kind for kind, kept in self.keep.items() if kept):
+            dim = self.pooled.dim if kind == "pooled" else SPATIAL_DIM
+            rows = torch.cat([torch.empty(0, dim), *(rows for rows, _ in self._kept[kind])])
+            positions = torch.cat([torch.empty(0, dtype=torch.int64), *(places for _, places in self._kept[kind])])
+            longest = int(all_gather(torch.tensor(len(rows))).max())
+            filled_rows, filled_positions = torch.zeros(longest, dim), torch.full((longest,), -1)
+            filled_rows[: len(rows)], filled_positions[: len(rows)] = rows, positions
+            rows, positions = all_gather(filled_rows).flatten(0, 1), all_gather(filled_positions).flatten()
+            self._kept[kind] = [(rows[positions >= 0], positions[positions >= 0])]
 
     def inception_scores(self) -> dict[str, float]:
         """Means and deviations by order: `inception_score_shuffled_10`, `inception_score_file_order`, `..._std`."""
@@ -126,7 +143,7 @@ def as_feature_file(source: ImageSource, sums: FeatureSums, extractor: Extractor
         sums.features("pooled"),
         sums.features("spatial"),
         sums.n,
-        dict(extractor.identity()),
+        {**stated_generation(source.path), **extractor.identity()},
     )
 
 

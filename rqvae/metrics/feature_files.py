@@ -1,8 +1,9 @@
 """Features and statistics on the disk: reads what other programs write, writes what they read, and says how it arose.
 
 Keys of an npz (or safetensors) file: `act` raw features; `mu`, `sigma` of FID and `mu_s`, `sigma_s` of sFID
-(pytorch-fid, clean-fid, edm and the ADM reference batches); `feats` of clean-fid's KID. Ours add `n` and `protocol`, a
-JSON text that others ignore. Pickles, which run code when they are read, are refused.
+(pytorch-fid, clean-fid, edm and the ADM reference batches); `feats` of clean-fid's KID. `act` counts for more than `mu`
+and `sigma` beside it. Ours add `n` and `protocol`, a JSON text that others ignore. Pickles, which run code when they
+are read, are refused.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def read_features(path: Path) -> FeatureFile:
         if features.ndim != 2:
             raise BadInput(f"{path}: {key}: expected (N, D), got {features.shape}")
         statistics = StreamingStatistics(features.shape[1]).update(features)
-        return FeatureFile(path, digest, moments(statistics), features=features, n=len(features), protocol=protocol)
+        spatial = _moments(path, arrays, "_s")
+        return FeatureFile(path, digest, moments(statistics), spatial, features, n=len(features), protocol=protocol)
     pooled = _moments(path, arrays, "")
     if pooled is None:
         raise BadInput(
@@ -99,9 +101,14 @@ def moments(statistics: StreamingStatistics) -> Moments:
     return Moments(statistics.mean.numpy(), statistics.cov.numpy())
 
 
-def write_features(path: Path, features: np.ndarray, protocol: Mapping[str, Any]) -> None:
-    """Raw features (N, D) under the key `act`, for `--fid_gt_act_path`."""
-    _write(path, {"act": np.asarray(features), "protocol": np.array(json.dumps(dict(protocol)))})
+def write_features(
+    path: Path, features: np.ndarray, protocol: Mapping[str, Any], spatial: Moments | None = None
+) -> None:
+    """Raw features (N, D) under the key `act`, for `--fid_gt_act_path`, and statistics of sFID where there are any."""
+    arrays = {"act": np.asarray(features)}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
+    _write(path, arrays | {"protocol": np.array(json.dumps(dict(protocol)))})
 
 
 def write_statistics(

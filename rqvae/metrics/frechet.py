@@ -24,6 +24,9 @@ EPS = torch.finfo(torch.float64).eps
 MOST_NEGATIVE = -1e-6
 """An eigenvalue (of the largest) or a distance (of the traces) that is lower than this is not rounding."""
 
+BLOCK = 256
+"""Columns of a triangular factor that are multiplied at once."""
+
 Route = Literal["cholesky_1", "eigh_1", "eigh_2", "gram", "gram_1", "gram_2"]
 
 
@@ -66,7 +69,8 @@ def frechet(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> FrechetDistance:
     if len(m2) != len(m1):
         raise BadInput(f"mu2: expected ({len(m1)},) as mu1, got ({len(m2)},)")
     factor, other, route = _factor(s1, s2)
-    return _distance(m1 - m2, s1.trace() + s2.trace(), factor.mT @ other @ factor, route, factor.shape[1])
+    product = _lower_product(factor, other) if route == "cholesky_1" else factor.mT @ other @ factor
+    return _distance(m1 - m2, s1.trace() + s2.trace(), product, route, factor.shape[1])
 
 
 def frechet_distance(mu1: Any, cov1: Any, mu2: Any, cov2: Any) -> float:
@@ -129,12 +133,42 @@ def _matrix(name: str, value: Any, dim: int) -> Tensor:
         raise BadInput(f"{name}: expected ({dim}, {dim}), got {tuple(matrix.shape)}")
     single = matrix.dtype != torch.float64
     matrix = matrix.to("cpu", torch.float64)
-    if not bool(torch.isfinite(matrix).all()):
+    # A sum is finite only if all its terms are, and takes 2 ms where a look at each of 2048 x 2048 takes 35.
+    if not bool(torch.isfinite(matrix.sum())) and not bool(torch.isfinite(matrix).all()):
         raise BadInput(f"{name}: expected finite numbers, got NaN or infinity")
+    if _looks_symmetric(matrix):
+        return matrix
     asymmetry = (matrix - matrix.mT).abs().amax()
     if asymmetry > (1e-2 if single else 1e-6) * matrix.abs().amax():
         raise BadInput(f"{name}: expected a symmetric matrix, got entries that differ by {float(asymmetry):.3g}")
     return (matrix + matrix.mT) / 2
+
+
+def _looks_symmetric(matrix: Tensor) -> bool:
+    """Whether S v and S^T v are equal up to rounding for random signs v, which asymmetric entries would have to cancel.
+
+    Averaging S and S^T takes 0.15 s for 2048 features, a tenth of the distance, and changes nothing then. Against the
+    largest diagonal entry, which is the largest of a covariance.
+    """
+    signs = 2.0 * torch.randint(0, 2, (len(matrix),), generator=torch.Generator().manual_seed(0)).double() - 1
+    difference = float((matrix @ signs - matrix.mT @ signs).abs().max())
+    return difference <= 8 * EPS * len(matrix) * float(matrix.diagonal().max())
+
+
+def _lower_product(lower: Tensor, matrix: Tensor) -> Tensor:
+    """The lower triangle of L^T S L, and something above it, without the products with zeros of L.
+
+    1.5 D^3 operations in place of 4: 0.3 s of 0.7 s at 2048 features on a core. `eigvalsh` reads no other triangle.
+    """
+    dim = len(matrix)
+    product = torch.zeros_like(matrix)
+    edges = [*range(0, dim, BLOCK), dim]
+    for left, right in zip(edges[:-1], edges[1:], strict=True):
+        columns = matrix[left:, left:] @ lower[left:, left:right]
+        for top, bottom in zip(edges[:-1], edges[1:], strict=True):
+            if top >= left:
+                product[top:bottom, left:right] = lower[top:, top:bottom].mT @ columns[top - left :]
+    return product
 
 
 def _factor(s1: Tensor, s2: Tensor) -> tuple[Tensor, Tensor, Route]:
@@ -190,7 +224,7 @@ def _sample_factor(rows_nd: Tensor) -> Tensor:
 def _distance(difference: Tensor, traces: Tensor, product: Tensor, route: Route, rank: int) -> FrechetDistance:
     if not rank:
         return _result(difference, traces, torch.zeros(1, dtype=torch.float64), route, 0, 0.0)
-    values = torch.linalg.eigvalsh((product + product.mT) / 2)
+    values = torch.linalg.eigvalsh(product, UPLO="L")
     least, largest = float(values[0]), float(values[-1])
     ratio = least / largest if largest > 0 else 0.0
     if least < MOST_NEGATIVE * max(largest, 0.0):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from rqvae.errors import BadInput
 
 PAPER_N = 50_000
 GENERATION = (
@@ -33,6 +37,26 @@ def protocol(
     known = {key: generation.get(key) for key in GENERATION}
     versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     return {"reference": dict(reference), "n": n_generated, **identity, **known, "versions": versions}
+
+
+def stated_generation(images: Path) -> dict[str, Any]:
+    """What the program that made the images says of `GENERATION`, in the JSON that `rqvae sample` writes beside them.
+
+    Args:
+        images: FILE.npz, with FILE.json beside it, or a folder with provenance.json in it.
+
+    Raises:
+        BadInput: such a file that is not JSON.
+    """
+    note = images / "provenance.json" if images.is_dir() else images.with_suffix(".json")
+    if not note.is_file():
+        return {}
+    try:
+        found = json.loads(note.read_text())
+    except ValueError as error:
+        raise BadInput(f"{note}: expected JSON: {error}") from error
+    fields = found.get("protocol") if isinstance(found, dict) else None
+    return {key: fields[key] for key in GENERATION if key in fields} if isinstance(fields, dict) else {}
 
 
 def cautions(n: int, labels: np.ndarray | None = None, n_reference: int | None = None) -> list[str]:

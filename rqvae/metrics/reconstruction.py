@@ -15,6 +15,9 @@ from rqvae.errors import BadInput
 CONVENTIONS = {"psnr": "psnr_rgb_u8", "ssim": "ssim_wang_rgb_u8"}
 """What the scores of `ReconstructionScores` are, for result files."""
 
+UINT8_RULE = "clamped to [0, 1], times 255, rounded to nearest"
+"""What `to_uint8` does, for result files."""
+
 MAX_PSNR = 100.0
 """PSNR of identical images in dB: that of a mean squared error of 1e-10."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.errors import BadInput
+from rqvae.shards import is_sharded, own_part
 
 
 class EMA:
@@ -50,7 +51,9 @@ class EMA:
             step: 0 is the first.
             applied: scalar bool on the device: whether the step changed the weights; where not, the average stays too.
         """
-        averages, weights = list(self.average.values()), [v.detach() for v in self.followed.values()]
+        # of split weights each process averages its own part
+        averages = [own_part(a) for a in self.average.values()]
+        weights = [own_part(v) for v in self.followed.values()]
         if any(a.dtype != w.dtype for a, w in zip(averages, weights, strict=True)):
             weights = [w.to(a.dtype) for a, w in zip(averages, weights, strict=True)]
         if applied is not None:
@@ -61,14 +64,20 @@ class EMA:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The module computes with the average inside this context, and with its own weights again after it."""
-        own = {k: v.data for k, v in self.followed.items()}
-        for key, value in self.followed.items():
+        split = {k: own_part(v) for k, v in self.followed.items() if is_sharded(v)}
+        plain = {k: v for k, v in self.followed.items() if k not in split}
+        own, own_parts = {k: v.data for k, v in plain.items()}, {k: v.clone() for k, v in split.items()}
+        for key, value in plain.items():
             value.data = self.average[key].to(value.dtype)
+        for key, part in split.items():  # the memory from which they are gathered, which `data` does not replace
+            part.copy_(own_part(self.average[key]))
         try:
             yield
         finally:
-            for key, value in self.followed.items():
+            for key, value in plain.items():
                 value.data = own[key]
+            for key, part in split.items():
+                part.copy_(own_parts[key])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages, by the module's own names."""

@@ -147,15 +147,13 @@ class TwoStage(nn.Module):
 
     def _with_encoded_context(self, condition: Condition | None) -> Condition | None:
         """History frames (B, K, 3, H, W) of a condition as Stage2's latents (B, K, *latent_shape)."""
-        if not isinstance(condition, ActionCondition) or condition.context is None:
+        if not isinstance(condition, ActionCondition) or condition.context is None or condition.encoded:
             return condition
         frames, shape = condition.context, tuple(condition.context.shape[2:])
         if shape == tuple(self.image_shape):
             encoded = self.connector(self.stage1.encode(LabeledImageData(img=frames.flatten(0, 1)))).zs
-            return replace(condition, context=encoded.unflatten(0, frames.shape[:2]))
-        if shape == self.latent_shape:
-            return condition
+            return replace(condition, context=encoded.unflatten(0, frames.shape[:2]), encoded=True)
         raise BadInput(
-            f"condition.context: expected frames (B, K, {str(tuple(self.image_shape))[1:]} or latents "
-            f"(B, K, {str(self.latent_shape)[1:]}, got {tuple(frames.shape)}"
+            f"condition.context: expected frames (B, K, {str(tuple(self.image_shape))[1:]}, or latents marked as encoded, "
+            f"got {tuple(frames.shape)}"
         )

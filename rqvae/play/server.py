@@ -66,7 +66,7 @@ class _Player:
                 raise BadInput(f"message: expected one of press, release, reset, steps, pause, got {message[:80]}")
             name, value = next(iter(order.items()))
             self._do(name, value)
-        except (BadInput, ValueError, TypeError) as error:
+        except (BadInput, ValueError, TypeError, OverflowError) as error:
             return str(error)
         return None
 
@@ -92,7 +92,7 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
         limits: rate and number of sessions.
     """
     app = FastAPI(title="MAE-DiT play", docs_url=None, redoc_url=None, openapi_url=None)
-    players: dict[int, _Player] = {}
+    players: dict[int, _Player | None] = {}
     numbers = itertools.count(1)
     turn = asyncio.Lock()  # one model, one frame at a time: sessions take turns
 
@@ -101,33 +101,49 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
         return files("rqvae.play").joinpath("page.html").read_text()
 
     @app.get("/session/{number}.gif")
-    def gif(number: int) -> Response:
-        if number not in players:
+    async def gif(number: int) -> Response:
+        player = players.get(number)
+        if player is None:
             return Response("no such session", status_code=404)
-        return Response(players[number].session.gif(), media_type="image/gif")
+        async with turn:  # no frame is added meanwhile
+            picture = await asyncio.to_thread(player.session.gif)
+        return Response(picture, media_type="image/gif")
 
     @app.websocket("/play")
     async def play(socket: WebSocket) -> None:
+        if not _same_origin(socket):
+            await socket.close(1008)  # a page of elsewhere, which the browser lets reach this machine
+            return
         await socket.accept()
         if len(players) >= limits.sessions:
             await socket.send_json({"error": f"all {limits.sessions} places are taken, try again later"})
             await socket.close(1013)
             return
         number = next(numbers)
-        player = _Player(number, await asyncio.to_thread(Session, world))
-        players[number] = player
+        players[number] = None  # the place is taken before the session is made
         facts = {"session": number, "actions": world.action_names, "fps": limits.fps, "real": world.game is not None}
-        listener = asyncio.create_task(_listen(socket, player))
+        listener: asyncio.Task[None] | None = None
         try:
+            async with turn:
+                player = _Player(number, await asyncio.to_thread(Session, world))
+            players[number] = player
+            listener = asyncio.create_task(_listen(socket, player))
             await socket.send_json(facts)
             await _stream(socket, player, turn, limits.fps, listener)
         except (WebSocketDisconnect, RuntimeError):
             pass  # the browser has gone: a send after that is a RuntimeError of starlette
         finally:
-            listener.cancel()
+            if listener is not None:
+                listener.cancel()
             del players[number]
 
     return app
+
+
+def _same_origin(socket: WebSocket) -> bool:
+    """Whether the page that opens the socket is ours; programs that are no browser send no origin."""
+    origin = socket.headers.get("origin")
+    return origin is None or origin.partition("://")[2] == socket.headers.get("host")
 
 
 async def _listen(socket: WebSocket, player: _Player) -> None:
@@ -142,8 +158,11 @@ async def _stream(
     """Frames until the browser goes, at most `fps` a second; a late frame does not make the next ones hurry."""
     due, rate = time.monotonic(), 0.0
     while not listener.done():
-        for words in player.obey():
-            await socket.send_json({"error": words})
+        if player.inbox:
+            async with turn:  # a reset encodes frames, and no frame may be made meanwhile
+                mistakes = await asyncio.to_thread(player.obey)
+            for words in mistakes:
+                await socket.send_json({"error": words})
         now = time.monotonic()
         if player.paused or now < due:
             await asyncio.sleep(0.02 if player.paused else due - now)

@@ -37,7 +37,8 @@ class World:
         num_actions: of the game.
         action_names: names of the actions, in order.
         starts: where dreams begin.
-        make_game: a game to play beside the dream, or None without one.
+        game: what is played beside the dream, or None without one; each session makes its own from it.
+        numbers: the model's number of each of the game's actions (`model_numbers`); None where they are the same.
     """
 
     two_stage: TwoStage
@@ -45,6 +46,7 @@ class World:
     action_names: tuple[str, ...]
     starts: Starts
     game: MazeChase | None = None
+    numbers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Session:
         start = self.world.starts(seed)
         frames = torch.from_numpy(start.frames).permute(0, 3, 1, 2)[None].float() / 255
         device = next(self.world.two_stage.stage2.parameters()).device
-        past = torch.from_numpy(start.actions)[None].to(device)
+        past = torch.tensor([[self._number(int(action)) for action in start.actions]], device=device)
         self._dream = Dream.begin(self.world.two_stage, frames.to(device), past, self.world.num_actions)
         self.seed, self._count, self._real = seed, 0, None
         self.history = deque([(start.frames[-1], NOOP)], maxlen=KEPT)
@@ -142,7 +144,7 @@ class Session:
         shape, device = self.world.two_stage.latent_shape, self._dream.context_bkchw.device
         began = time.perf_counter()
         noise = frame_noise(shape, self.seed, 0, self._count)[None].to(device)
-        frame = self._dream.step(torch.tensor([action], device=device), noise)
+        frame = self._dream.step(torch.tensor([self._number(action)], device=device), noise)
         dream = to_uint8(frame)[0].permute(1, 2, 0).cpu().numpy()
         elapsed = 1000 * (time.perf_counter() - began)
         self._step_game(action)
@@ -150,12 +152,14 @@ class Session:
         self.history.append((dream, action))
         return Tick(dream, self._real, self._count, elapsed)
 
+    def _number(self, action: int) -> int:
+        return action if self.world.numbers is None else self.world.numbers[action]
+
     def _step_game(self, action: int) -> None:
-        if self._game is None:
-            return
-        self._real, _, terminated, _ = self._game.step(action)
-        if terminated:
-            self._game = None
+        self._real = None
+        if self._game is not None:
+            self._real, _, terminated, _ = self._game.step(action)
+            self._game = None if terminated else self._game
 
     def gif(self, scale: int = 8, fps: int = 10) -> bytes:
         """The session's last frames as an animated GIF."""

@@ -37,7 +37,9 @@ def starts_of_game(game: MazeChase, history: int) -> Starts:
     """Starts from short play of the game, with its state."""
 
     def start(seed: int) -> Start:
-        windows = maze_windows(game, 1, history=history, horizon=1, seed=seed)
+        # a game of its own: sessions begin at the same time, in threads
+        own = MazeChase(game.size, game.num_ghosts, game.max_steps, maze_seed=game.maze[1])
+        windows = maze_windows(own, 1, history=history, horizon=1, seed=seed)
         return Start(windows.context[0], windows.actions[0, : history - 1], windows.states[0])
 
     return start

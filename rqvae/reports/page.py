@@ -104,7 +104,27 @@ class Drawing:
     caption: str
 
 
-Block = Heading | Paragraph | Tiles | Table | Gallery | Drawing
+@dataclass(frozen=True)
+class Leaf:
+    """A line of a tree: how deep it is, its name, and a mark beside it of a kind (good, bad, open, quiet)."""
+
+    depth: int
+    name: str
+    mark: str
+    kind: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Lines indented by depth, each with a coloured mark."""
+
+    template: ClassVar[str] = "tree.html"
+    leaves: Sequence[Leaf]
+    caption: str
+
+
+Block = Heading | Paragraph | Tiles | Table | Gallery | Drawing | Tree
 
 
 @dataclass
@@ -142,6 +162,10 @@ class Page:
     def drawing(self, svg: str, caption: str) -> None:
         """Add a vector drawing of ours, see `rqvae.reports.curves`."""
         self.blocks.append(Drawing(Markup(svg), caption))
+
+    def tree(self, leaves: Sequence[Leaf], caption: str) -> None:
+        """Add a tree."""
+        self.blocks.append(Tree(leaves, caption))
 
     def picture(self, source: Path | bytes, caption: str, zoom: float = 1, rows: Sequence[str] = ()) -> None:
         """Add one picture, see `gallery`; `rows` name the rows of a sheet of equal images, from above."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from rqvae.trainers.ema_snapshots import snapshots_of
 from rqvae.trainers.logging import RunLog, setup_text_log
 from rqvae.trainers.measuring import measures, parse_window
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.online_scores import check_online_eval, row_names
+from rqvae.trainers.parallel import check_parallel
 from rqvae.trainers.part_checks import check_generator, check_parts
 from rqvae.trainers.parts import Parts, check_blocks, on_main
 from rqvae.trainers.run_folder import (
@@ -59,6 +61,7 @@ class TrainRequest:
         resume_wandb_id: W&B id to go on with.
         fresh: never go on with an earlier run.
         online_eval: evaluate while training.
+        folder: the very run to go on with; None is the newest that fits.
     """
 
     place: RunPlace
@@ -66,6 +69,7 @@ class TrainRequest:
     resume_wandb_id: str | None = None
     fresh: bool = False
     online_eval: bool = True
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def choose(request: TrainRequest, config: dict[str, Any], data: str) -> Choice:
     """
     source = str(Path(request.resume_ckpt).resolve()) if request.resume_ckpt else None
     if not request.fresh:
-        for run in request.place.earlier():
+        for run in [request.folder] if request.folder else request.place.earlier():
             environment = json.loads((run / "environment.json").read_text())
             same = same_config(run, config) and environment.get("data") == data
             if not same or environment.get("resumed_from") != source:
@@ -125,9 +129,10 @@ def check(run: AnyRun, world_size: int) -> None:
     check_parts(run)
     parse_window(run.profile)
     check_best(run, online_eval=True)
-    image_shape = run.data.make("train")[0].spec.image_shape
-    if run.online_eval.every and min(image_shape[1:]) < 11:
-        raise BadInput(f"online_eval.every: expected null for images below 11 px, got {image_shape[1:]}")
+    check_parallel(run)
+    spec = run.data.make("train")[0].spec
+    image_shape = spec.image_shape
+    check_online_eval(run, spec)
     if isinstance(run, Stage1Run):
         if run.data.latents:
             raise BadInput("data.latents: expected null for Stage1 (it is trained on images)")
@@ -136,8 +141,6 @@ def check(run: AnyRun, world_size: int) -> None:
         if run.gan:
             check_gan(run.gan, run.stage1, image_shape)
     else:
-        if run.online_eval.every:
-            raise BadInput("online_eval.every: expected null for Stage2 (reconstruction scores are Stage1's)")
         if run.train.channels_last:
             raise BadInput("train.channels_last: expected false for Stage2 (it is for convolutional autoencoders)")
         with torch.device("meta"):
@@ -153,9 +156,9 @@ def check_best(run: AnyRun, online_eval: bool) -> None:
     rule, evaluation = run.checkpoint.best, run.online_eval
     if rule is None or rule.metric.startswith("train/") or run.observers:
         return
-    scores = list(evaluation.metrics) if evaluation.every and online_eval else []
-    if rule.metric.rpartition("/")[2] not in scores:
-        named = ", ".join(f"val/{score}" for score in scores)
+    names = list(row_names(evaluation).values()) if evaluation.every and online_eval else []
+    if rule.metric not in names:
+        named = ", ".join(names)
         raise BadInput(
             f"checkpoint.best.metric: expected a score of online_eval ({named or 'it is off'}) or a name of train/, "
             f"got {rule.metric}"
@@ -201,8 +204,17 @@ class TrainingJob:
         Returns:
             0, or 128 + signal when a signal ended the run after a checkpoint.
         """
+        try:
+            return self._execute()
+        finally:  # a notebook keeps the error, and with it this job, after the call
+            if self._lock is not None:
+                self._lock.release()
+
+    def _execute(self) -> int:
         setup_text_log(self.backend.rank)
         check_best(self.run, self.request.online_eval)
+        if not self.request.online_eval:
+            self.run = replace(self.run, online_eval=replace(self.run.online_eval, every=None))
         stream, clock = self._open_data()
         fingerprint = stream.dataset.fingerprint()
         choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint))
@@ -242,7 +254,7 @@ class TrainingJob:
         check_batch(run.data.batch_size, run.train.accumulate, self.backend.world_size)
         dataset, transform = run.data.make("train")
         self._open(dataset)
-        if run.pictures.every or (run.online_eval.every and self.request.online_eval):
+        if run.pictures.every or run.online_eval.every:
             self._open(run.data.make("val")[0])
         if len(dataset) == 0:
             raise BadInput("data.dataset: the train split is empty")
@@ -305,7 +317,7 @@ class TrainingJob:
             run_log=run_log,
             train=run.train,
             checkpoints=run.checkpoint,
-            observers=[*_observers(run, self.request, parts, watching), *self._snapshots(parts)],
+            observers=[*_observers(run, parts, watching), *self._snapshots(parts)],
             interventions=run.interventions,
             rank_draws=parts.draws if run.train.noise == "per_rank" else {},
         )
@@ -325,7 +337,7 @@ class TrainingJob:
         return snapshots_of(self.backend, module, parts.ema, settings.snapshot_every, settings.snapshot_dtype)
 
 
-def _observers(run: AnyRun, request: TrainRequest, parts: Parts, watching: Sequence[Observer]) -> Sequence[Observer]:
+def _observers(run: AnyRun, parts: Parts, watching: Sequence[Observer]) -> Sequence[Observer]:
     """Those of the run's costs, the other built-in ones that the config asks for, then the user's own."""
     observers = [*watching]
     if run.logging.progress:
@@ -333,7 +345,7 @@ def _observers(run: AnyRun, request: TrainRequest, parts: Parts, watching: Seque
     if run.pictures.every:
         name, draw = parts.picture
         observers.append(Pictures(name, Duration.parse(run.pictures.every), parts.evaluated, draw))
-    if run.online_eval.every and parts.evaluate and request.online_eval:
+    if run.online_eval.every and parts.evaluate:
         observers.append(OnlineEval(Duration.parse(run.online_eval.every), parts.evaluated, parts.evaluate))
     return [*observers, *run.observers]
 

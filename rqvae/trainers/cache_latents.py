@@ -7,6 +7,7 @@ no true note and is made anew. Nothing is renamed, as in checkpoints.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def open_cache(data: DataSettings, stage1: Stage1Model) -> LatentCache | None:
     dataset, transform = data.make("train")
     cache = LatentCache.open(Path(data.latents), "train")
     shape = dataset.spec.image_shape
-    cache.check_preprocessing(type(stage1).__qualname__, transform, shape, stage1.latent_shape(shape))
+    cache.check_preprocessing(structure_of(stage1), transform, shape, stage1.latent_shape(shape))
     return cache
 
 
@@ -74,6 +75,16 @@ def open_verified(data: DataSettings, stage1: Stage1Model, sha256: str, backend:
         cache.check_stage1(sha256)
         cache.verify(backend.rank, backend.world_size)
     return cache
+
+
+def structure_of(stage1: Stage1Model) -> str:
+    """Class and structure of a model, as torch prints it: two with the same weights may differ in groups of a norm.
+
+    One that brings its own weights is told by them alone: it is not built where only shapes are checked.
+    """
+    if stage1.pretrained:
+        return type(stage1).__qualname__
+    return f"{type(stage1).__qualname__} {hashlib.sha256(repr(stage1).encode()).hexdigest()[:12]}"
 
 
 @dataclass
@@ -129,7 +140,7 @@ class CachingJob:
         image_shape = self._streams[self.request.splits[0]].dataset.spec.image_shape
         return {
             "schema": SCHEMA,
-            "stage1": type(self.run.stage1).__qualname__,
+            "stage1": structure_of(self.run.stage1),
             "stage1_sha256": stage1_sha256,
             "image_shape": list(image_shape),
             "latent_shape": list(self.run.stage1.latent_shape(image_shape)),
@@ -153,7 +164,9 @@ class CachingJob:
         make_folder(out, "OUT")
         lock.acquire()
         held = read_json(note)
-        if held is None and any(path.name != ".lock" for path in out.iterdir() if path != note):
+        if held is None and any(
+            not path.name.startswith((".lock", ".heartbeat")) for path in out.iterdir() if path != note
+        ):
             raise BadInput(f"OUT {out}: expected an empty folder or one of this cache, got one with other files")
         if held is not None and (rows := changed_keys(held, facts)):
             raise BadInput(f"OUT {out}: holds other latents ({'; '.join(rows)}); use another folder or remove it")

@@ -2,6 +2,7 @@
 
     checkpoints/step_00000500/{model,ema_0.999,optimizer}/NAME.safetensors  meta.json  COMPLETE
 
+Groups of which each process holds a part are together in shards/, see `rqvae/backends/shard_files.py`.
 A folder is good when COMPLETE is there and true (sizes and sha256). There is no rename: object stores have none.
 """
 
@@ -11,7 +12,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rqvae.backends import shard_files
+from rqvae.backends.sharded import split_like
 from rqvae.errors import BadInput, RunFailed
+from rqvae.shards import is_sharded
 
 Tensors = Mapping[str, Tensor]
+Like = Callable[[str], "Tensor | None"]
+SHARDS = "shards"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -72,7 +78,34 @@ def check_room(folder: Path, tensors: Mapping[str, Tensors]) -> None:
         )
 
 
-def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any], copied: bool = False) -> None:
+def begin(folder: Path, tensors: Mapping[str, Tensors]) -> None:
+    """Make an empty folder for shards that all ranks are to write; one process calls it.
+
+    Raises:
+        RunFailed: the disk has no room for the tensors, split ones and others, or cannot be written.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    check_room(folder, tensors)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RunFailed(f"{folder}: checkpoint not written: {error.strerror}") from error
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensors]) -> None:
+    """Write these groups into a folder that was begun; every rank calls it, and `save` comes after it.
+
+    Raises:
+        RunFailed: on every rank, where one could not write.
+    """
+    flat = {f"{name}:{key}": value.detach() for name, group in tensors.items() for key, value in group.items()}
+    shard_files.write(folder / SHARDS, flat)
+
+
+def save(
+    folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any], copied: bool = False, begun: bool = False
+) -> None:
     """Write a checkpoint: `tensors` maps `model/stage1` to named tensors. COMPLETE is written last.
 
     Args:
@@ -80,11 +113,12 @@ def save(folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any], 
         tensors: by file and name.
         meta: what meta.json is to hold.
         copied: the tensors are on the host, contiguous, and share no memory.
+        begun: the folder holds the shards of other groups, which stay.
 
     Raises:
         RunFailed: the disk is full or cannot be written; what was begun is removed, other checkpoints are untouched.
     """
-    if folder.exists():
+    if folder.exists() and not begun:
         shutil.rmtree(folder)
     check_room(folder, tensors)
     try:
@@ -123,6 +157,15 @@ def verify(folder: Path) -> None:
             raise BadInput(f"{folder / name}: expected sha256 {entry['sha256'][:12]}..., the file is damaged")
 
 
+def is_undamaged(folder: Path) -> bool:
+    """Whether `verify` finds nothing; reads every byte."""
+    try:
+        verify(folder)
+    except BadInput:
+        return False
+    return True
+
+
 def in_run(run: Path) -> list[Path]:
     """The good checkpoints of a run folder, oldest first."""
     return [p for p in sorted((run / "checkpoints").glob("step_*")) if is_good(p)]
@@ -146,20 +189,55 @@ def find(path: Path) -> Path:
     return found[-1]
 
 
-def read(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, for example `model/stage1`; raises BadInput where it is missing."""
+def read(folder: Path, name: str, like: Like = lambda _: None) -> dict[str, Tensor]:
+    """The tensors of one group, for example `model/stage1`, whole and on the host but where `like` says otherwise.
+
+    Args:
+        folder: of the checkpoint, written by any number of processes.
+        name: of the group.
+        like: of a tensor's name the one that it is to be split like, on the same device; None for a whole one.
+
+    Raises:
+        BadInput: no such group, or a file that is damaged.
+    """
     file = folder / f"{name}.safetensors"
     if not file.exists():
-        raise BadInput(f"{file}: no such file; the checkpoint has {', '.join(groups(folder)) or 'none'}")
+        return _read_shards(folder, name, like)
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except SafetensorError as error:
         raise BadInput(f"{file}: expected safetensors, {error}") from error
+    targets = {key: _fitting(like(key), tuple(value.shape)) for key, value in tensors.items()}
+    return {
+        key: value if (target := targets[key]) is None else split_like(value, target) for key, value in tensors.items()
+    }
+
+
+def _read_shards(folder: Path, name: str, like: Like) -> dict[str, Tensor]:
+    prefix = f"{name}:"
+    stored = shard_files.entries(folder / SHARDS) if (folder / SHARDS).is_dir() else {}
+    tensors = {}
+    for full, (shape, dtype) in stored.items():
+        if full.startswith(prefix):
+            target = _fitting(like(full.removeprefix(prefix)), shape)
+            tensors[full] = torch.empty(shape, dtype=dtype) if target is None else torch.empty_like(target, dtype=dtype)
+    if not tensors:
+        file = folder / f"{name}.safetensors"
+        raise BadInput(f"{file}: no such file; the checkpoint has {', '.join(groups(folder)) or 'none'}")
+    shard_files.read_into(folder / SHARDS, tensors)
+    return {full.removeprefix(prefix): value for full, value in tensors.items()}
+
+
+def _fitting(like: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    """`like`, where it is split and of this shape."""
+    return like if like is not None and is_sharded(like) and tuple(like.shape) == shape else None
 
 
 def groups(folder: Path) -> list[str]:
-    """The names of a checkpoint's tensor files, without suffix."""
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.safetensors"))
+    """The names of a checkpoint's groups of tensors: its files, without suffix, and those in its shards."""
+    files = {str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.safetensors")}
+    split = shard_files.entries(folder / SHARDS) if (folder / SHARDS).is_dir() else {}
+    return sorted(files | {name.partition(":")[0] for name in split})
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -206,12 +284,16 @@ def load_into(module: nn.Module, tensors: Tensors, where: str) -> None:
     module.load_state_dict(dict(tensors))
 
 
-def prune(run: Path, keep_last: int, keep: set[Path]) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those in `keep`; older half-written ones go too."""
-    good = in_run(run)
+def prune(run: Path, saved: Path, keep_last: int, keep: set[Path]) -> None:
+    """Remove all but the newest `keep_last` checkpoints and those in `keep`; older half-written ones go too.
+
+    Newer ones than `saved`, the one just written, are damaged ones that a resumed run has passed over: they count for
+    nothing, and are written anew when the run gets there.
+    """
+    good = [folder for folder in in_run(run) if folder <= saved]
     stay = set(good[-keep_last:]) | keep
     for folder in (run / "checkpoints").glob("step_*"):
-        if folder not in stay and folder < good[-1]:
+        if folder not in stay and folder < saved:
             # COMPLETE goes first, so that a removal cut short leaves no folder that looks whole
             (folder / "COMPLETE").unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

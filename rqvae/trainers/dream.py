@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,28 @@ class Dream:
         check_actions(action_b, self.num_actions + 1)
         self.actions_bk = torch.cat((self.actions_bk[:, :-1], action_b[:, None].to(self.actions_bk)), dim=1)
         seen = torch.ones_like(self.actions_bk, dtype=torch.bool)
-        condition = ActionCondition(self.context_bkchw, self.actions_bk, seen, self.num_actions)
+        condition = ActionCondition(self.context_bkchw, self.actions_bk, seen, self.num_actions, encoded=True)
         output = self.two_stage.sample(condition, noise_bchw.to(self.context_bkchw), self.sampler)
         self.context_bkchw = torch.cat((self.context_bkchw[:, 1:], output.zs_pred[:, None]), dim=1)
         self.actions_bk = torch.cat((self.actions_bk[:, 1:], self.actions_bk[:, :1]), dim=1)  # the last is not read
         return self.two_stage.decode(Stage1Encodings(output.zs_pred))
+
+
+def model_numbers(model_names: Sequence[str], game_names: Sequence[str]) -> tuple[int, ...]:
+    """The model's number of each of a game's actions, by name; the same numbers where the model knows no names.
+
+    Args:
+        model_names: `DataSpec.names`.
+        game_names: of the game, in its order.
+
+    Raises:
+        BadInput: the model was trained on other actions.
+    """
+    if not model_names:
+        return tuple(range(len(game_names)))
+    if set(model_names) != set(game_names):
+        raise BadInput(f"actions: expected a model of {', '.join(game_names)}, got one of {', '.join(model_names)}")
+    return tuple(model_names.index(name) for name in game_names)
 
 
 def check_actions(actions: Tensor, count: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rqvae.backends import Backend
+from rqvae.backends.sharded import whole_on_host
 from rqvae.callbacks.interfaces import Observer, RunView
 from rqvae.durations import Duration
 from rqvae.errors import RunFailed
@@ -53,6 +54,7 @@ class EmaSnapshots(Observer):
         groups = {f"{average.name}/{self.module}": average.state_dict() for average in self.averages}
         if bad := first_not_finite(self.backend, groups):
             raise RunFailed(f"step {run.clock.step}: {bad} is not finite; no snapshot of the averages is written")
+        groups = {name: whole_on_host(group, keep=self.backend.rank == 0) for name, group in groups.items()}
         on_main(self.backend, lambda: self._write(run.folder, run.clock.step, groups))
 
     def _write(self, run: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -120,14 +122,20 @@ def read_snapshots(run: Path) -> list[Snapshot]:
 def weighted_sum(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
     """The snapshots' tensors times their coefficients, summed in fp64, one snapshot in memory at a time.
 
+    What is the same in all of them (position tables, frozen weights) is left out: the coefficients' sum is not exactly
+    1, nor is fp16 exact.
+
     Raises:
         BadInput: a damaged snapshot.
     """
     total: dict[str, Tensor] = {}
     for folder in {snapshot.folder for snapshot in snapshots}:
         checkpoint.verify(folder)
+    first, changed = snapshots[0].read(), set()
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
         for key, value in snapshot.read().items():
             term = value.to(torch.float64) * coefficient
             total[key] = total[key] + term if key in total else term
-    return total
+            if key not in changed and not torch.equal(value, first[key]):
+                changed.add(key)
+    return {key: value for key, value in total.items() if key in changed or len(snapshots) == 1}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rqvae.errors import BadInput
 from rqvae.img_datasets.feed import Positions, make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, Split
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.reconstruction import ReconstructionScores, to_uint8
+from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.interfaces import Stage1Model
 from rqvae.randomness import Draw
 from rqvae.run import DataSettings
@@ -32,6 +32,8 @@ class SplitWalk:
         backend: this rank.
         dtype: of the images.
         draws: random numbers of each sample, where the encoder is to sample as in training.
+        per_rank: images of a rank's batch; 0 is `data.batch_size` over the ranks. Batches of one shape for any number
+            of ranks give the same floats.
     """
 
     data: DataSettings
@@ -39,6 +41,7 @@ class SplitWalk:
     backend: Backend
     dtype: torch.dtype = torch.float32
     draws: dict[str, Draw] = field(default_factory=dict)
+    per_rank: int = 0
     _stream: LabeledImageDatasetWrapper | None = field(default=None, init=False)
 
     @property
@@ -58,13 +61,17 @@ class SplitWalk:
         Args:
             images: how many images of the split, 0 for all.
         """
-        total = min(images or len(self.stream), len(self.stream))
+        total = self.count(images)
         world = self.backend.world_size
-        per_step = max(world, self.data.batch_size // world * world)
+        per_step = world * (self.per_rank or max(1, self.data.batch_size // world))
         positions = Positions(0, total, per_step, 1, self.backend.rank, world)
         loader = make_loader(self.stream, positions, self.data.workers)
         for batch in self.backend.feed(loader):
             yield batch, batch.sample_id < total
+
+    def count(self, images: int = 0) -> int:
+        """How many images `batches(images)` visits."""
+        return min(images or len(self.stream), len(self.stream))
 
     def first(self, images: int) -> LabeledImageData:
         """The first `images` samples as one batch, the same on every rank."""
@@ -76,18 +83,6 @@ class SplitWalk:
 def reconstruct(stage1: Stage1Model, images: Tensor) -> Tensor:
     """(B, 3, H, W) reconstructions as they are shown and scored, from the deterministic encoding."""
     return stage1.get_recon_imgs(stage1(LabeledImageData(img=images)).xs_recon)
-
-
-def reconstruction_scores(
-    stage1: Stage1Model, walk: SplitWalk, images: int, metrics: Sequence[str], prefix: str
-) -> dict[str, float]:
-    """Mean scores of 8-bit reconstructions over a split; every rank gets the same numbers."""
-    scores = ReconstructionScores(walk.backend.device)
-    for batch, valid in walk.batches(images):
-        original = batch.require_img()
-        scores.update(reconstruct(stage1, original), original, valid)
-    result = ReconstructionScores.result(walk.backend.all_reduce(scores.state()))
-    return {f"{prefix}{name}": result[name] for name in metrics}
 
 
 def as_pictures(images: Tensor) -> np.ndarray:

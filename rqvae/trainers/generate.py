@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rqvae.backends import Backend
+from rqvae.diffusion.guidance import Interval
 from rqvae.diffusion.sampling import Sampler
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
+from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
 from rqvae.trainers import checkpoint
@@ -56,6 +58,11 @@ class SampleRequest:
         """Where finished batches wait."""
         return self.out.with_name(f"{self.out.name}.parts")
 
+    @property
+    def note(self) -> Path:
+        """The JSON with how the images were made."""
+        return self.out.with_suffix(".json") if self.out.suffix == ".npz" else self.out / "provenance.json"
+
 
 def labels_of(spec: DataSpec, request: SampleRequest) -> Tensor | None:
     """(N,) int64 labels of all images, or None for data without classes and actions."""
@@ -89,6 +96,18 @@ def noise_of(shape: tuple[int, ...], seed: int, first: int, count: int) -> Tenso
     return torch.stack([normal(shape, generator=generator(seed, "sample", i)) for i in range(first, first + count)])
 
 
+def sampler_facts(sampler: Sampler | None) -> dict[str, Any]:
+    """What a published score must say of a sampler; None for a model that has its own way to sample."""
+    guidance = None if sampler is None else sampler.guidance
+    interval = [guidance.start, guidance.end] if isinstance(guidance, Interval) else None
+    return {
+        "cfg_scale": getattr(guidance, "scale", None),
+        "cfg_interval": interval,
+        "sampler": None if sampler is None else getattr(sampler.solver, "__name__", repr(sampler.solver)),
+        "steps": None if sampler is None else sampler.steps,
+    }
+
+
 def generate(
     two_stage: TwoStage,
     spec: DataSpec,
@@ -99,8 +118,11 @@ def generate(
 ) -> dict[str, Any]:
     """Write the images and, beside them, a JSON with how they were made; returns it. Every rank calls it.
 
-    A call that was cut off and is repeated goes on with the batches that are missing. Batches have one shape, so the
-    images do not depend on the number of ranks.
+    A call that was cut off and is repeated goes on with the batches that are missing; one that is done is left alone.
+    Batches have one shape, so the images do not depend on the number of ranks.
+
+    Raises:
+        BadInput: `out` holds something else.
     """
     labels = labels_of(spec, request)
     facts = {
@@ -112,11 +134,20 @@ def generate(
         "solver": getattr(sampler.solver, "__name__", str(sampler.solver)),
         "steps": sampler.steps,
         "shift": sampler.shift,
+        "start": sampler.start,
         "guidance": repr(sampler.guidance),
-        "uint8": "clamped to [0, 1], times 255, rounded to nearest",
+        "uint8": UINT8_RULE,
     }
-    on_main(backend, lambda: _claim(request, facts))
-    nfe = 0
+    facts["protocol"] = {
+        "labels_policy": facts["labels"],
+        **sampler_facts(sampler),
+        "seed_rule": f"noise of image i is a function of ({request.seed}, i)",
+        "ema": source.get("weights"),
+        "precision": str(next(two_stage.stage2.parameters()).dtype).removeprefix("torch."),
+        "uint8_rule": UINT8_RULE,
+    }
+    if done := on_main(backend, lambda: _claim(request, facts)):
+        return done
     for k, first in _batches(request, backend):
         part = request.parts / f"{k:06d}.npy"
         if part.exists():
@@ -125,11 +156,10 @@ def generate(
         condition = condition_of(spec, chosen)
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
-        nfe = (output.additional_attr or {}).get("nfe", 0)
+        _write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"), f"rank{backend.rank}")
         _write(part, as_pictures(two_stage.decode(output)))
-    nfe = round(float(backend.all_reduce(torch.tensor(float(nfe), device=backend.device), "max")))
     backend.barrier()
-    return on_main(backend, lambda: _finish(request, labels, {**facts, "nfe": nfe or "as in an earlier call"}))
+    return on_main(backend, lambda: _finish(request, labels, facts))
 
 
 def _batches(request: SampleRequest, backend: Backend) -> Iterator[tuple[int, int]]:
@@ -138,14 +168,44 @@ def _batches(request: SampleRequest, backend: Backend) -> Iterator[tuple[int, in
     return iter(tqdm(firsts, desc="sample", unit="batch", disable=backend.rank > 0))
 
 
-def _claim(request: SampleRequest, facts: dict[str, Any]) -> None:
-    """Make the folder of parts; refuse one of another sampling."""
-    note = request.parts / "facts.json"
-    if note.exists() and (held := json.loads(note.read_text())) != json.loads(json.dumps(facts)):
-        key = next(k for k in facts if held.get(k) != facts[k])
-        raise BadInput(f"{request.parts}: holds parts made with {key} {held.get(key)}, not {facts[key]}; remove it")
+def _claim(request: SampleRequest, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Make the folder of parts; refuse one of another sampling. What was written, where all is done already."""
+    held = _read_json(request.parts / "facts.json")
+    if held is not None:
+        _check_same(held, facts, f"{request.parts}: holds parts")
+        return None
+    done = _read_json(request.note)
+    if done is not None and request.out.exists():
+        _check_same(done, facts, f"--out {request.out}: holds images")
+        return done
+    if request.out.is_file() or (request.out.is_dir() and any(request.out.iterdir())):
+        raise BadInput(f"--out {request.out}: expected a new file or an empty folder, got one with other content")
     make_folder(request.parts, "--out")
-    note.write_text(json.dumps(facts))
+    _write_json(request.parts / "facts.json", facts, "new")
+    return None
+
+
+def _check_same(held: dict[str, Any], facts: dict[str, Any], where: str) -> None:
+    """BadInput where what is there was made in another way."""
+    for key, value in json.loads(json.dumps(facts)).items():
+        if held.get(key) != value:
+            raise BadInput(f"{where} made with {key} {held.get(key)}, not {value}; remove it or choose another place")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: expected how images were made, as JSON, got {error}; remove it") from error
+
+
+def _write_json(path: Path, value: Any, mark: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(f".{mark}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
 
 
 def _write(part: Path, images: np.ndarray) -> None:
@@ -155,25 +215,38 @@ def _write(part: Path, images: np.ndarray) -> None:
     os.replace(temporary, part)
 
 
+def _images(request: SampleRequest) -> Iterator[tuple[int, np.ndarray]]:
+    """Number of the first image and (n, H, W, 3) of each part: 50,000 images at 256 px are 10 GB."""
+    for part in sorted(request.parts.glob("[0-9]*.npy")):
+        first = int(part.stem) * request.batch_size
+        yield first, np.load(part)[: request.num - first].transpose(0, 2, 3, 1)
+
+
 def _finish(request: SampleRequest, labels: Tensor | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Put the parts together and remove them."""
-    images = np.concatenate([np.load(part) for part in sorted(request.parts.glob("*.npy"))])[: request.num]
-    images_nhwc = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-    facts = {**facts, "image_shape": list(images_nhwc.shape[1:])}
+    shape = list(next(_images(request))[1].shape[1:])
+    facts = {**facts, "nfe": json.loads((request.parts / "nfe.json").read_text()), "image_shape": shape}
     if request.out.suffix == ".npz":
-        arrays = {"arr_0": images_nhwc} | ({} if labels is None else {"arr_1": labels.numpy()})
-        temporary = request.out.with_name(f".{request.out.name}.tmp.npz")
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, request.out)
-        note = request.out.with_suffix(".json")
+        _write_npz(request, labels, (request.num, *shape))
     else:
         request.out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images_nhwc):
-            Image.fromarray(image).save(request.out / f"{i:06d}.png")
-        note = request.out / "provenance.json"
-    note.write_text(json.dumps(facts, indent=1))
+        for first, images in _images(request):
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(request.out / f"{first + i:06d}.png")
+    _write_json(request.note, facts, "new")
     shutil.rmtree(request.parts)
     return facts
+
+
+def _write_npz(request: SampleRequest, labels: Tensor | None, shape: tuple[int, ...]) -> None:
+    """The ADM file, from a file that is mapped into memory and not held there."""
+    whole = np.lib.format.open_memmap(request.parts / "all.npy", "w+", np.uint8, shape)
+    for first, images in _images(request):
+        whole[first : first + len(images)] = images
+    arrays = {"arr_0": whole} | ({} if labels is None else {"arr_1": labels.numpy()})
+    temporary = request.out.with_name(f".{request.out.name}.tmp.npz")
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, request.out)
 
 
 def describe_source(run: Path) -> dict[str, Any]:

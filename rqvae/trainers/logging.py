@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from rqvae.trainers.settings import LogSettings
 
 log = logging.getLogger(__name__)
+_RANK_OF_THREAD: dict[int, int] = {}
 
 
 class _AboveTheBar(logging.Handler):
@@ -27,10 +29,12 @@ class _AboveTheBar(logging.Handler):
 
 def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> None:
     """Standard logging with the rank in front: rank 0 to the terminal, every rank that has a `file` to it."""
-    root = logging.getLogger()
+    root, thread = logging.getLogger(), threading.get_ident()
+    _RANK_OF_THREAD[thread] = rank
     for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
+        if getattr(handler, "rank", rank) == rank:  # another rank's, where ranks are threads of one process, stays
+            root.removeHandler(handler)
+            handler.close()
     form = logging.Formatter(f"%(asctime)s [rank {rank}] %(levelname)s %(name)s: %(message)s")
     handlers: list[logging.Handler] = []
     if rank == 0 and not quiet:
@@ -39,6 +43,8 @@ def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> 
         handlers.append(logging.FileHandler(file))
     for handler in handlers or [logging.NullHandler()]:
         handler.setFormatter(form)
+        handler.rank = rank  # type: ignore[attr-defined]
+        handler.addFilter(lambda record: _RANK_OF_THREAD.get(record.thread or 0, rank) == rank)
         root.addHandler(handler)
     root.setLevel(logging.INFO)
 

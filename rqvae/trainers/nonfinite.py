@@ -21,10 +21,9 @@ class Skips:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.in_use = False
         self._suffixes = {name: "" if name == names[0] else f"_{name}" for name in names}
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        self._streak = {name: zero.clone() for name in names}
-        self._in_row = {name: zero.clone() for name in names}
-        self._exceeded_at = {name: zero.clone() for name in names}
+        # (1,) and from the host, never changed in place: every step's graph is then the same, as in `Meter`
+        self._zeros = {name: torch.zeros(1, dtype=torch.int64).to(device) for name in names}
+        self._streak, self._in_row, self._exceeded_at = dict(self._zeros), dict(self._zeros), dict(self._zeros)
 
     def judge(self, name: str, norm: Tensor, step: int, limit: int) -> Tensor:
         """Take note of an update.
@@ -52,7 +51,7 @@ class Skips:
         if not self.in_use:
             return {}
         counts = {f"train/skipped_steps{self._suffixes[name]}": count for name, count in self._in_row.items()}
-        self._in_row = {name: torch.zeros_like(count) for name, count in self._in_row.items()}
+        self._in_row = dict(self._zeros)
         return counts | self.marks()
 
     def marks(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 from rqvae.backends import Backend, Precision
+from rqvae.backends.sharded import gathered
+from rqvae.callbacks.interfaces import RunView
+from rqvae.diagnostics.plan import apply_plan, read_plan
 from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.latent_cache import LatentCache
 from rqvae.models.blocks import recompute_activations
@@ -34,7 +38,7 @@ class Parts:
         draws: random numbers needed per sample.
         counted: modules whose parameters the start banner counts, by name.
         picture: name of the grid and the function that makes it.
-        evaluate: scores by name.
+        evaluate: scores by name, where they are asked for.
         facts: goes into every checkpoint's meta.json.
         must_match: facts that a resumed run must share.
         before_start: done once, on a run that starts at step 0.
@@ -47,7 +51,7 @@ class Parts:
     draws: dict[str, Draw]
     counted: Mapping[str, nn.Module]
     picture: tuple[str, Callable[[], np.ndarray]]
-    evaluate: Callable[[], Mapping[str, float]] | None
+    evaluate: Callable[[RunView], Mapping[str, float]] | None
     facts: dict[str, Any] = field(default_factory=dict)
     must_match: tuple[str, ...] = ()
     before_start: Callable[[], None] | None = None
@@ -58,7 +62,7 @@ class Parts:
         """The first module computes with its first average, in eval mode, without gradients."""
         module = next(iter(self.modules.values()))
         average = self.ema[0].applied() if self.ema else contextlib.nullcontext()
-        with average, torch.no_grad():
+        with average, gathered(module), torch.no_grad():
             module.eval()
             try:
                 yield
@@ -81,6 +85,12 @@ def prepare_blocks(model: Stage1Model | Stage2Model, train: TrainSettings, backe
         recompute_activations(blocks)
     for block in blocks if train.compile else ():
         backend.compile(block)
+
+
+def compile_planned(stage1: Stage1Model, compile_plan: str | Path | None, backend: Backend) -> None:
+    """Compile what a plan of `diagnose` lists, in place; None compiles nothing. After moving, before `wrap`."""
+    if compile_plan is not None:
+        apply_plan(read_plan(Path(compile_plan)), stage1, backend, str(compile_plan))
 
 
 def check_blocks(model: Stage1Model | Stage2Model, train: TrainSettings) -> None:

@@ -93,7 +93,10 @@ def reconstruct_average(request: PosthocRequest) -> dict[str, Any]:
     clock = {"images": step * per_step, "step": step, "epoch": step * epochs}
     how = {"sigma_rel": request.sigma_rel, "run": str(request.run), **facts}
     # what relative paths of the config are relative to, and which data it was trained on, are the run's
-    old = json.loads((request.run / "environment.json").read_text())
+    try:
+        old = json.loads((request.run / "environment.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{request.run / 'environment.json'}: expected the facts of a run, got {error}") from error
     kept = {key: old[key] for key in ("working_directory", "data", "parameters") if key in old}
     write_new(request.out, read_config(request.run), describe_environment(**kept, posthoc_ema=how))
     try:

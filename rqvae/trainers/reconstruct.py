@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,14 @@ from tqdm import tqdm
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.reconstruction import CONVENTIONS, ReconstructionScores
+from rqvae.metrics.protocol import protocol
+from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, ReconstructionScores
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, reconstruct
 from rqvae.trainers.logging import add_to_wandb
-from rqvae.trainers.parts import on_main
+from rqvae.trainers.parts import compile_planned, on_main
 from rqvae.trainers.run_folder import check_can_write, make_folder
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class ReconRequest:
         resume_ckpt: the same, given where a cut-off command is repeated; another one is an error.
         wandb_id: W&B run that gets the scores, as `recon/psnr` and so on; None for none.
         grid_images: images in a grid.
+        compile_plan: file that `diagnose` wrote, see `rqvae.diagnostics.plan`.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class ReconRequest:
     resume_ckpt: str | None = None
     wandb_id: str | None = None
     grid_images: int = 16
+    compile_plan: str | None = None
 
     @property
     def source(self) -> str | None:
@@ -68,12 +72,13 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
     """
     weights = load_stage1(run.stage1, request.source, "CKPT")
     stage1 = run.stage1.to(backend.device).eval()
+    compile_planned(stage1, request.compile_plan, backend)
     walk = SplitWalk(run.data, "test", backend)
     on_main(backend, lambda: walk.stream and None)
     facts = {"stage1_sha256": weights, "data": walk.stream.dataset.fingerprint(), "checkpoint": request.source}
     on_main(backend, lambda: _claim(request, facts))
     images = request.folder / "images"
-    sums = ReconstructionScores(backend.device)
+    sums = ReconstructionScores(backend.device, backend.widest_float)
     per_step = max(1, run.data.batch_size)
     bar = tqdm(total=len(walk.stream), desc=request.folder.name, unit="image", disable=backend.rank > 0)
     for batch, valid in walk.batches():
@@ -124,12 +129,17 @@ def _finish(
     error = ((recon - original).abs() * 4).clamp(max=1)
     grid = image_grid(as_pictures(torch.cat([original, recon, error])), columns=len(original))
     Image.fromarray(grid).save(request.folder / "grids" / "reconstructions.png")
-    step = None
+    meta: dict[str, Any] = {}
     if request.source:
-        step = checkpoint.read_meta(checkpoint.find(Path(request.source)))["clock"]["step"]
+        meta = checkpoint.read_meta(checkpoint.find(Path(request.source)))
+    step = meta["clock"]["step"] if meta else None
+    made = {"ema": meta.get("evaluate"), "precision": "float32", "uint8_rule": UINT8_RULE}
+    made["seed_rule"] = "no random numbers: the encoding's mean"
+    of_originals = {"path": None, "sha256": None, "n": len(walk.stream), "split": "test", "data": facts["data"]}
     skipped = getattr(walk.stream.dataset, "skipped", 0)
     convention = ", ".join(CONVENTIONS.values())
     text = {**scores, "n": len(walk.stream), "skipped": skipped, "step": step, **facts, "convention": convention}
+    text["protocol"] = protocol(of_originals, len(walk.stream), {}, made)
     (request.folder / "metrics.json").write_text(json.dumps(text, indent=1))
     if request.wandb_id:
         add_to_wandb(request.folder, request.wandb_id, {f"recon/{name}": value for name, value in scores.items()})

@@ -18,6 +18,7 @@ from rqvae.games.windows import Frames, Windows, maze_windows
 from rqvae.metrics.moving import PixelErrors
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
+from rqvae.randomness import fold
 from rqvae.trainers.dream import Dream, frame_noise
 
 HORIZONS = (1, 2, 4, 8, 16, 32, 64)
@@ -32,6 +33,7 @@ class Dreamer:
     Args:
         two_stage: the trained model.
         num_actions: of the game.
+        numbers: the model's number of each of the game's actions (`model_numbers`); None where they are the same.
         sampler: in place of the model's own.
         batch_size: dreams at once; the frames do not depend on it.
         progress: called after each generated batch of frames with their number.
@@ -39,6 +41,7 @@ class Dreamer:
 
     two_stage: TwoStage
     num_actions: int
+    numbers: Sequence[int] | None = None
     sampler: Any = None
     batch_size: int = 64
     progress: Callable[[int], None] = field(default=lambda _: None)
@@ -54,6 +57,9 @@ class Dreamer:
         """
         parts = []
         device = next(self.two_stage.stage2.parameters()).device
+        if self.numbers is not None:
+            table = np.array([*self.numbers, self.num_actions])
+            past, ahead = table[past], table[ahead]
         for first in range(0, len(context), self.batch_size):
             part = slice(first, first + self.batch_size)
             frames = torch.from_numpy(context[part]).permute(0, 1, 4, 2, 3).float().to(device) / 255
@@ -77,7 +83,7 @@ def one_step(dreamer: Dreamer, windows: Windows, seed: int, horizon: int = 8) ->
     for t in range(min(horizon, windows.horizon)):
         context, target = windows.frames[:, t : t + k], windows.frames[:, t + k]
         actions = windows.actions[:, t : t + k]
-        predicted = dreamer(context, actions[:, :-1], actions[:, -1:], seed + t)[:, 0]
+        predicted = dreamer(context, actions[:, :-1], actions[:, -1:], fold(seed, "one_step", t))[:, 0]
         model.update(predicted, target, context[:, -1])
         copy.update(context[:, -1], target, context[:, -1])
     return {
@@ -113,7 +119,9 @@ def persistence(
     return {"player_visible": player, "ghosts_visible": ghosts}
 
 
-def control(dreamer: Dreamer, windows: Windows, game: MazeChase, detector: MazeDetector, seed: int) -> dict[str, float]:
+def control(
+    dreamer: Dreamer, windows: Windows, game: MazeChase, detector: MazeDetector, seed: int
+) -> dict[str, float | None]:
     """Whether the dream's player goes where the real one goes when an action is held for three steps.
 
     From the state of each window's last context frame the real game is forked once an action. A turn into an open way,
@@ -122,11 +130,11 @@ def control(dreamer: Dreamer, windows: Windows, game: MazeChase, detector: MazeD
 
     Returns:
         `open_turns`, `blocked_refused`, `straight_on` (NOOP) and `open_turns_null`: the share of open turns that happen
-        under the null action, which should be small; and how many there were of each.
+        under the null action, which should be small; None where there was no such case; and how many there were.
     """
     cases = _cases(windows, game)
     rows = {name: [case for case in cases if case.kind == name] for name in ("open", "blocked", "noop")}
-    result: dict[str, float] = {}
+    result: dict[str, float | None] = {}
     names = {"open": "open_turns", "blocked": "blocked_refused", "noop": "straight_on"}
     for kind, found in rows.items():
         result[names[kind]] = _followed(dreamer, windows, detector, found, seed, None)
@@ -168,9 +176,9 @@ def _cases(windows: Windows, game: MazeChase) -> list[_Case]:
 
 def _followed(
     dreamer: Dreamer, windows: Windows, detector: MazeDetector, cases: list[_Case], seed: int, action: int | None
-) -> float:
+) -> float | None:
     if not cases:
-        return float("nan")
+        return None
     at = [case.window for case in cases]
     held = np.array([[case.action if action is None else action] * HELD for case in cases])
     frames = dreamer(windows.context[at], windows.actions[at, : windows.history - 1], held, seed)
@@ -220,11 +228,10 @@ def evaluate(
 
 
 def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each number over the rows, in the same tree."""
-    first = rows[0]
-    return {
-        key: _means([row[key] for row in rows])
-        if isinstance(value, dict)
-        else float(np.mean([row[key] for row in rows]))
-        for key, value in first.items()
-    }
+    """The mean of each number over the rows that have it, in the same tree; None where none has."""
+    means: dict[str, Any] = {}
+    for key, value in rows[0].items():
+        values = [row[key] for row in rows]
+        known = [x for x in values if not isinstance(x, dict) and x is not None and np.isfinite(x)]
+        means[key] = _means(values) if isinstance(value, dict) else float(np.mean(known)) if known else None
+    return means

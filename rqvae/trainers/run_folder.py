@@ -28,6 +28,7 @@ _PLACE_KEYS = {
     "data.workers",
     "data.dataset.init_args.root",
     "data.latents",
+    "train.parallel",
     "train.threads",
     "train.stop_check_seconds",
     "train.peak_tflops",
@@ -35,6 +36,9 @@ _PLACE_KEYS = {
     "profile",
     "logging.progress",
     "lpips.trunk_weights",
+    "online_eval.reference",
+    "online_eval.extractor.init_args.weights",
+    "online_eval.lpips_weights",
     "stage1_checkpoint",
 }
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 import torch
 
 from rqvae.backends import Backend
 from rqvae.errors import RunFailed
+from rqvae.processes import stop_signals
 from rqvae.trainers.run_folder import RunLock
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ class Session:
         self._steps, self._next_check, self._since = 0, 1, time.monotonic()
 
     def __enter__(self) -> Session:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._stack.callback(signal.signal, number, signal.signal(number, self._caught))
+        self._stack.enter_context(stop_signals(self._caught))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -45,7 +44,7 @@ class Session:
         if self._lock:
             self._lock.release()
 
-    def _caught(self, number: int, _frame: FrameType | None) -> None:
+    def _caught(self, number: int) -> None:
         # A second signal changes nothing: it does not interrupt the checkpoint that the first one asked for.
         self.signal = self.signal or number
 

@@ -9,6 +9,9 @@ from typing import Literal
 from rqvae.backends import Precision
 from rqvae.durations import Duration, DurationText
 from rqvae.errors import BadInput
+from rqvae.metrics.extractors import Extractor
+
+OnlineMetric = Literal["psnr", "ssim", "lpips", "rfid", "gfid", "sfid", "is"]
 
 
 def _check_durations(section: str, **durations: DurationText | None) -> None:
@@ -37,8 +40,13 @@ class TrainSettings:
             scaled, each update's by its own scale: a step whose gradients overflow is skipped and halves it.
         compile: compile the repeated blocks of the trained model (torch.compile), each kind of block and shape once:
             some time at the start for faster steps. Sums are taken in another order, and dropout draws other numbers.
+        compile_plan: file that `diagnose` wrote: compile exactly the submodules of Stage1 that it lists, with its cuts.
         activation_checkpointing: blocks keeps only the inputs of the trained model's repeated blocks for the backward
             pass and computes the rest again: the same numbers and less memory for about a third more time.
+        parallel: data, every process holds all of the trained models (DDP); sharded, each holds its part of weights,
+            gradients, moments and averages and gathers a repeated block when it is computed (FSDP2): for a model that
+            does not fit a device, at the price of traffic. The same numbers but for rounding; a run may go on with the
+            other one, and a single process holds all with either.
         accumulate: micro-batches of one optimizer step.
         log_every: how often a row is written to metrics.jsonl.
         noise: per_sample keys every random number by the sample, so that a run does not depend on world size or
@@ -58,7 +66,9 @@ class TrainSettings:
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False
+    compile_plan: str | None = None
     activation_checkpointing: Literal["none", "blocks"] = "none"
+    parallel: Literal["data", "sharded"] = "data"
     accumulate: int = 1
     log_every: DurationText = "50 steps"
     noise: Literal["per_sample", "per_rank"] = "per_sample"
@@ -70,6 +80,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         _check_durations("train", steps=self.steps, log_every=self.log_every)
+        if self.compile and self.compile_plan is not None:
+            raise BadInput(f"train.compile_plan: expected null with train.compile, got {self.compile_plan}")
         _at_least("train", 1, accumulate=self.accumulate)
         _at_least("train", 0, threads=self.threads, stop_check_seconds=self.stop_check_seconds)
         _at_least("train", 0, skip_nonfinite=self.skip_nonfinite)
@@ -190,18 +202,39 @@ class PictureSettings:
 
 @dataclass(frozen=True)
 class OnlineEvalSettings:
-    """Evaluation on the validation split while training.
+    """Scores while training: of reconstructions of the validation split (Stage1), or of generated images (Stage2).
 
     Args:
         every: how often; null switches it off.
-        images: how many images of the split, 0 for all.
-        metrics: which scores.
+        images: how many images of the split are reconstructed, or how many are generated; 0 is as many as the split
+            has.
+        metrics: which scores. Of Stage1: psnr, ssim, lpips, rfid, sfid, is; of Stage2: gfid, sfid, is. rfid and gfid
+            are the Fréchet distance of the extractor's features; sfid and is need the extractor inception.
+        extractor: inception, or random-vgg16, which needs no download and whose distance is called fd_random_vgg16, or
+            the class of another one.
+        reference: npz of features or statistics that images are compared with, written by `python -m rqvae
+            make-reference`, by another run or by another program; null is the validation split, whose statistics are
+            kept in SAVE_DIR/PROJECT/references. Also `--fid_gt_act_path`.
+        save_features: write the features beside the statistics of RUN/eval, in the form that `reference` takes.
+        batch_size: images of one forward on each rank, where an extractor or a generator is used; the result does not
+            depend on the number of ranks.
+        lpips_net: network of lpips.
+        lpips_weights: file or URL (its name ends in -SHA256.pth) of its weights; null is torchvision's URL.
     """
 
     every: DurationText | None = "1 epochs"
     images: int = 0
-    metrics: list[Literal["psnr", "ssim"]] = field(default_factory=lambda: ["psnr", "ssim"])
+    metrics: list[OnlineMetric] = field(default_factory=lambda: ["psnr", "ssim"])
+    extractor: Literal["inception", "random-vgg16"] | Extractor = "inception"
+    reference: str | None = None
+    save_features: bool = False
+    batch_size: int = 32
+    lpips_net: Literal["alex", "vgg"] = "alex"
+    lpips_weights: str | None = None
 
     def __post_init__(self) -> None:
         _check_durations("online_eval", every=self.every)
         _at_least("online_eval", 0, images=self.images)
+        _at_least("online_eval", 1, batch_size=self.batch_size)
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise BadInput(f"online_eval.metrics: expected one or more different ones, got {self.metrics}")

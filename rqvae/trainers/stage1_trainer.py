@@ -24,9 +24,12 @@ from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.models.losses.lpips import LPIPSLoss
 from rqvae.run import GanSettings, Stage1Run
 from rqvae.trainers.clock import Clock
-from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid, reconstruction_scores
-from rqvae.trainers.parts import Parts, float_type, make_ema, on_main, prepare_blocks
-from rqvae.trainers.updates import StepLosses, Update
+from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid
+from rqvae.trainers.online_images import Reconstructions
+from rqvae.trainers.online_scores import prepare
+from rqvae.trainers.parallel import wrap
+from rqvae.trainers.parts import Parts, compile_planned, float_type, make_ema, on_main, prepare_blocks
+from rqvae.trainers.updates import StepLosses, Update, adamw_of
 
 
 @dataclass
@@ -149,12 +152,13 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         for module in (stage1, *([run.gan.discriminator] if run.gan else [])):
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     prepare_blocks(stage1, run.train, backend)
-    wrapped = backend.wrap(stage1)
+    compile_planned(stage1, run.train.compile_plan, backend)
+    wrapped = wrap(stage1, run.train, backend)
     modules: dict[str, nn.Module] = {"stage1": stage1}
     starts, wrapped_discriminator = 0, None
     if run.gan:
         modules["discriminator"] = run.gan.discriminator.to(backend.device, dtype).train()
-        wrapped_discriminator = backend.wrap(modules["discriminator"])
+        wrapped_discriminator = wrap(modules["discriminator"], run.train, backend)
         starts = clock.starting_at(run.gan.disc_start)
     weight = run.lpips.weight if run.lpips else 0.0
     scaler = backend.loss_scaler()
@@ -163,20 +167,22 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         backend, stage1, wrapped, lpips, weight, run.gan, wrapped_discriminator, starts, clock, own, scaler
     )
     loss, settings = objective.autoencoder_loss, run.updates.autoencoder
-    updates = [Update("autoencoder", stage1, wrapped, loss, settings, scaler=scaler)]
+    make = adamw_of(backend)
+    updates = [Update("autoencoder", stage1, wrapped, loss, settings, make_optimizer=make, scaler=scaler)]
     if wrapped_discriminator is not None:
         loss, settings = objective.discriminator_loss, run.updates.discriminator
         module = modules["discriminator"]
         wrapped = wrapped_discriminator
-        updates.append(Update("discriminator", module, wrapped, loss, settings, starts, scaler=backend.loss_scaler()))
-    val = SplitWalk(run.data, "val", backend, dtype)
+        own_scaler = backend.loss_scaler()
+        updates.append(Update("discriminator", module, wrapped, loss, settings, starts, make, own_scaler))
+    val, ema = SplitWalk(run.data, "val", backend, dtype), make_ema(stage1, run.ema)
     return Parts(
         modules=modules,
         updates=updates,
-        ema=make_ema(stage1, run.ema),
+        ema=ema,
         draws=stage1.draws(image_shape),
         counted=modules,
         picture=("reconstructions", lambda: reconstruction_grid(stage1, val, run.pictures.images)),
-        evaluate=lambda: reconstruction_scores(stage1, val, run.online_eval.images, run.online_eval.metrics, "val/"),
+        evaluate=prepare(run, backend, lambda walk: Reconstructions(stage1, walk, run.online_eval.images), ema),
         facts={"stage": 1, "model": type(stage1).__qualname__},
     )

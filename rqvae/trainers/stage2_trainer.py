@@ -21,14 +21,17 @@ from rqvae.metrics.grids import image_grid
 from rqvae.models.connectors.statistics import ChannelStatistics
 from rqvae.models.interfaces import base_connector
 from rqvae.models.two_stage import TwoStage
-from rqvae.randomness import Draw, fold, generator, normal
+from rqvae.randomness import Draw, generator, normal, seeded
 from rqvae.run import Stage2Run
 from rqvae.trainers import checkpoint
 from rqvae.trainers.cache_latents import open_verified
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
-from rqvae.trainers.parts import Parts, float_type, make_ema, prepare_blocks
-from rqvae.trainers.updates import StepLosses, Update
+from rqvae.trainers.online_images import Samples
+from rqvae.trainers.online_scores import prepare
+from rqvae.trainers.parallel import wrap
+from rqvae.trainers.parts import Parts, compile_planned, float_type, make_ema, prepare_blocks
+from rqvae.trainers.updates import StepLosses, Update, adamw_of
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +62,8 @@ def make_two_stage(run: Stage2Run) -> TwoStage:
     if (scale := run.stage1.latent_statistics()) is not None:
         connector.use_latent_scale(*scale)
     latent_shape = connector.latent_shape(run.stage1.latent_shape(spec.image_shape))
-    torch.manual_seed(fold(run.train.seed, "weights", "stage2"))
-    return TwoStage(run.stage1, connector, run.stage2(latent_shape, spec), spec.image_shape)
+    with seeded(run.train.seed, "weights", "stage2"):
+        return TwoStage(run.stage1, connector, run.stage2(latent_shape, spec), spec.image_shape)
 
 
 def join_draws(*parts: dict[str, Draw]) -> dict[str, Draw]:
@@ -81,21 +84,26 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
     two_stage = make_two_stage(run).to(backend.device, dtype)
     two_stage.stage2.train()
     prepare_blocks(two_stage.stage2, run.train, backend)
-    wrapped = backend.wrap(two_stage.stage2)
+    compile_planned(two_stage.stage1, run.train.compile_plan, backend)
+    wrapped = wrap(two_stage.stage2, run.train, backend)
     objective = Stage2Objective(two_stage, wrapped)
-    image_shape = run.data.make("train")[0].spec.image_shape
+    spec, ema = run.data.make("train")[0].spec, make_ema(two_stage.stage2, run.ema)
+    image_shape = spec.image_shape
     draws = join_draws(run.stage1.draws(image_shape), two_stage.stage2.draws(two_stage.latent_shape))
     val = SplitWalk(run.data, "val", backend, dtype)
     stage2, settings, scaler = two_stage.stage2, run.updates.generator, backend.loss_scaler()
-    update = Update("generator", stage2, wrapped, objective.loss, settings, scaler=scaler)
+    make = adamw_of(backend)
+    update = Update("generator", stage2, wrapped, objective.loss, settings, make_optimizer=make, scaler=scaler)
     return Parts(
         modules={"stage2": two_stage.stage2, "connector": two_stage.connector},
         updates=[update],
-        ema=make_ema(two_stage.stage2, run.ema),
+        ema=ema,
         draws=draws,
         counted={"stage1": run.stage1, "connector": two_stage.connector, "stage2": two_stage.stage2},
         picture=("samples", lambda: sample_grid(two_stage, val, run.pictures.images, run.train.seed)),
-        evaluate=None,
+        evaluate=prepare(
+            run, backend, lambda walk: Samples(two_stage, spec, walk, run.train.seed, run.online_eval.images), ema
+        ),
         facts={
             "stage": 2,
             "model": type(two_stage.stage2).__qualname__,
@@ -151,7 +159,7 @@ def estimate_statistics(two_stage: TwoStage, walk: SplitWalk, latents: LatentCac
     log.info("estimating the latents' mean and std over %d images", len(walk.stream))
     for batch, valid in walk.batches():
         statistics.update(two_stage.stage1.encode(batch).zs, valid)
-    _, mean_c, std_c = statistics.reduced(lambda x: backend.all_reduce(x.to(backend.device)).cpu())
+    _, mean_c, std_c = statistics.reduced(backend.all_reduce)
     two_stage.connector.set_statistics(mean_c, std_c)
 
 

@@ -15,6 +15,7 @@ from rqvae.backends import Backend
 from rqvae.durations import Duration
 from rqvae.errors import BadInput, RunFailed
 from rqvae.models.ema import EMA
+from rqvae.shards import is_sharded
 from rqvae.trainers import checkpoint
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.finite import first_not_finite
@@ -93,7 +94,21 @@ class TrainState:
         if bad := first_not_finite(self.backend, groups):
             last = self.last_good(run)
             raise RunFailed(f"step {clock.step}: {bad} is not finite; the last good checkpoint is {last}")
-        on_main(self.backend, lambda: self._write(run, clock, settings, groups, counts))
+        split = {name: group for name, group in groups.items() if any(is_sharded(value) for value in group.values())}
+        if split:
+            if not on_main(self.backend, lambda: self._begin(_folder(run, clock.step), groups)):
+                return
+            checkpoint.write_shards(_folder(run, clock.step), split)
+        rest = {name: group for name, group in groups.items() if name not in split}
+        on_main(self.backend, lambda: self._write(run, clock, settings, rest, counts, bool(split)))
+
+    def _begin(self, folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Make room for shards; False where the checkpoint is there already."""
+        self._writer.wait()
+        if checkpoint.is_undamaged(folder):
+            return False
+        checkpoint.begin(folder, groups)
+        return True
 
     def _write(
         self,
@@ -102,11 +117,12 @@ class TrainState:
         settings: CheckpointSettings,
         groups: Mapping[str, Mapping[str, Tensor]],
         counts: dict[str, int],
+        begun: bool,
     ) -> None:
         self._writer.wait()
         folder = _folder(run, clock.step)
-        if checkpoint.is_good(folder):
-            return
+        if checkpoint.is_undamaged(folder):
+            return  # a resumed run comes by again, with the same numbers
         meta = {
             "clock": clock.state_dict(),
             "evaluate": self.ema[0].name if self.ema else "model",
@@ -119,8 +135,8 @@ class TrainState:
         best = {_folder(run, self._best["step"])} if self._best and settings.best else set()
 
         def write(copied: bool) -> None:
-            checkpoint.save(folder, groups, meta, copied)
-            checkpoint.prune(run, settings.keep_last, best | self._kept(run, settings, clock))
+            checkpoint.save(folder, groups, meta, copied, begun)
+            checkpoint.prune(run, folder, settings.keep_last, best | self._kept(run, settings, clock))
             log.info("checkpoint %s", folder)
 
         if settings.asynchronous:
@@ -182,13 +198,14 @@ class TrainState:
                     f"{folder}: {key} of the checkpoint is {meta.get(key)}, of this run {self.facts.get(key)}"
                 )
         for name, module in self.modules.items():
-            checkpoint.load_into(module, checkpoint.read(folder, f"model/{name}"), f"{folder}/model/{name}")
+            tensors = checkpoint.read(folder, f"model/{name}", module.state_dict().get)
+            checkpoint.load_into(module, tensors, f"{folder}/model/{name}")
         main = next(iter(self.modules))
         for ema in self.ema:
-            tensors = checkpoint.read(folder, f"{ema.name}/{main}")
+            tensors = checkpoint.read(folder, f"{ema.name}/{main}", ema.average.get)
             ema.load_state_dict({k: v.to(self.backend.device) for k, v in tensors.items()})
         for update in self.updates:
-            tensors = checkpoint.read(folder, f"optimizer/{update.name}")
+            tensors = checkpoint.read(folder, f"optimizer/{update.name}", update.parameter_of)
             update.load_state_dict({k: v.to(self.backend.device) for k, v in tensors.items()})
         if "log/skips" in checkpoint.groups(folder):
             skips = checkpoint.read(folder, "log/skips")

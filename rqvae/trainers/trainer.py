@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rqvae.backends import Backend
@@ -23,7 +22,7 @@ from rqvae.models.ema import EMA
 from rqvae.randomness import Draw, fill_batch, fold
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog
-from rqvae.trainers.meter import Meter
+from rqvae.trainers.meter import Meter, Window
 from rqvae.trainers.nonfinite import Skips
 from rqvae.trainers.session import Session
 from rqvae.trainers.settings import CheckpointSettings, TrainSettings
@@ -87,13 +86,20 @@ class Trainer:
         with self.session:
             self.state.warn_of_small_disk(self.folder, self.checkpoints)
             self.notify("on_fit_start")
+            self.backend.mark_step()  # what was set up is not part of the first step's graph
             try:
                 while self.clock.step < self.clock.total_steps and not self.session.stopping(self.backend):
                     self.step()
                 finished = self.clock.step >= self.clock.total_steps
                 if not finished:
                     self.save()
+                self.backend.settle()
                 self.state.finish_writing()
+            except RunFailed:
+                raise
+            except BaseException:
+                self.backend.settle()  # the rows of the steps that were done
+                raise
             finally:
                 self.state.settle()
                 self.feed.close()
@@ -111,6 +117,8 @@ class Trainer:
         self.backend.mark_step()  # the training graph ends here: observers are not traced into it
         self.notify("after_step", losses)
         self.write_row()
+        if self.checkpoints.best:
+            self.backend.settle()  # this row may ask for a checkpoint of this very step
         if self.clock.due(self._save_every) or self._is_best:
             self.save()
 
@@ -118,8 +126,10 @@ class Trainer:
         if not self.rank_draws:
             return micros
         seed = fold(self.train.seed, "rank", self.backend.rank, self.clock.step)
-        source = torch.Generator(device=self.backend.device).manual_seed(seed)
-        return [replace(micro, draws=fill_batch(self.rank_draws, len(micro), source)) for micro in micros]
+        source = self.backend.generator(seed)
+        drawn = [fill_batch(self.rank_draws, len(micro), source) for micro in micros]
+        on_device = [{name: x.to(self.backend.device) for name, x in draws.items()} for draws in drawn]
+        return [replace(micro, draws=draws) for micro, draws in zip(micros, on_device, strict=True)]
 
     def optimise(self, micros: list[LabeledImageData]) -> dict[str, Tensor]:
         """One optimizer step of every update that has started."""
@@ -183,23 +193,24 @@ class Trainer:
         due = self.clock.due(self._log_every)
         if not due and len(rates) == len(self._row):
             return
-        row = {**(self._means() if due else {}), **{k: v for k, v in self._row.items() if due or k not in rates}}
+        row = {k: v for k, v in self._row.items() if due or k not in rates}
         self._row = {}
+        window = self.meter.take() if due else Window(self.backend, {}, {})
         if due:
-            self._check_best(row)
-        tensors = {k: v for k, v in row.items() if isinstance(v, Tensor)}
+            row = {**self.state.skips.row(), **row}
+            self._check_best(window.names | row.keys())
+        tensors = window.tensors | {k: v for k, v in row.items() if isinstance(v, Tensor)}
         numbers = {k: v for k, v in row.items() if not isinstance(v, Tensor)}
         moment = {"step": self.clock.step, "images": self.clock.images, "epoch": self.clock.epoch}
-        self.backend.when_ready(lambda **values: self._log_values(moment, {**values, **numbers}), **tensors)
+        self.backend.when_ready(
+            lambda **values: self._log_values(moment, {**window.means(values), **numbers}), **tensors
+        )
 
-    def _check_best(self, row: Mapping[str, object]) -> None:
+    def _check_best(self, row: Collection[str]) -> None:
         rule = self.checkpoints.best
         whole = all(self.clock.step > update.starts for update in self.updates)
         if rule and whole and rule.metric.startswith("train/") and rule.metric not in row:
             raise BadInput(f"checkpoint.best.metric: expected one of {', '.join(sorted(row))}, got {rule.metric}")
-
-    def _means(self) -> dict[str, Tensor]:
-        return {**self.meter.means(), **self.state.skips.row()}
 
     def _log_values(self, moment: dict[str, float], values: dict[str, float]) -> None:
         marks = {k: values.pop(k) for k in list(values) if k in self.state.skips.marks()}
@@ -234,4 +245,5 @@ class Trainer:
         self._is_best = False
         if marks := self.state.skips.marks():
             self.backend.when_ready(lambda **values: self._stop_if_exceeded(values), **marks)
+        self.backend.settle()
         self.state.save(self.folder, self.clock, self.checkpoints)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rqvae.backends import LossScaler
+from rqvae.backends import Backend, LossScaler
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.trainers.clock import Clock
@@ -80,6 +80,17 @@ def fused_adamw(params: Sequence[nn.Parameter], settings: UpdateSettings) -> tor
     )
 
 
+def adamw_of(backend: Backend) -> MakeOptimizer:
+    """The backend's own AdamW."""
+
+    def make(params: Sequence[nn.Parameter], settings: UpdateSettings) -> torch.optim.Optimizer:
+        return backend.adamw(
+            params, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        )
+
+    return make
+
+
 @dataclass
 class Update:
     """One optimizer, the module it trains and the loss it minimises.
@@ -91,6 +102,7 @@ class Update:
         loss: of a micro-batch and its number in the step.
         settings: optimizer settings.
         starts: first optimizer step (0 is the run's first) at which this update is done.
+        make_optimizer: of its parameters.
         scaler: of the loss, in fp16.
     """
 
@@ -126,6 +138,10 @@ class Update:
     def figures(self, norm: Tensor) -> dict[str, Tensor]:
         """What a row of the log says of a step with gradients of this norm: scalars on the device."""
         return {"grad_norm": norm} | ({"loss_scale": self.scaler.value} if self.scaler else {})
+
+    def parameter_of(self, name: str) -> nn.Parameter | None:
+        """The parameter to which an entry of `state_dict` belongs."""
+        return dict(self.module.named_parameters()).get(name.rpartition(".")[0])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The optimizer's tensors, named `parameter.state` by the module's own parameter names; the scaler's."""

@@ -1,0 +1,78 @@
+"""What has to be decided before torch_xla is imported: it reads the environment once. Imports nothing of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from rqvae.errors import BadInput
+
+log = logging.getLogger(__name__)
+
+JOB = "RQVAE_XLA_JOB"
+"""Set in the processes that our launcher started."""
+SPMD = "RQVAE_XLA_SPMD"
+"""1: one process drives all devices of the host, and the compiler splits the batch. Else one replica a device."""
+CACHE = "RQVAE_XLA_CACHE"
+"""Folder of compiled programs that outlive the process."""
+
+_PCI = Path("/sys/bus/pci/devices")
+_GOOGLE = "0x1ae0"
+_TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
+"""PCI vendor, and the devices v2 to v7, as torch_xla/_internal/tpu.py of 2.9 has them."""
+
+
+def tpu_present() -> bool:
+    """Whether this host has a TPU, or PJRT_DEVICE says so; looks at PCI, not at torch_xla."""
+    if "PJRT_DEVICE" in os.environ:
+        return os.environ["PJRT_DEVICE"].startswith("TPU")
+    for vendor in _PCI.glob("*/vendor"):
+        if vendor.read_text().strip() == _GOOGLE and (vendor.parent / "device").read_text().strip() in _TPUS:
+            return True
+    return False
+
+
+def take(options: Sequence[str]) -> None:
+    """Options of `--backend xla:OPTIONS`, which go the way of the environment, as torch_xla's own do."""
+    if "spmd" in options:
+        os.environ[SPMD] = "1"
+
+
+def spmd() -> bool:
+    """Whether one process is to drive all devices."""
+    return os.environ.get(SPMD, "0") not in ("", "0")
+
+
+def on_host() -> bool:
+    """Whether XLA computes on the host's cores. Call `prepare` before."""
+    return os.environ["PJRT_DEVICE"] == "CPU"
+
+
+def prepare() -> None:
+    """Check that torch_xla is there, and say on what it computes.
+
+    Raises:
+        BadInput: torch_xla is not installed.
+    """
+    if find_spec("torch_xla") is None:
+        raise BadInput(
+            "backend xla: expected torch_xla (pip install 'mae-dit[tpu]', torch of the same version), found none"
+        )
+    if "PJRT_DEVICE" not in os.environ:
+        os.environ["PJRT_DEVICE"] = "TPU" if tpu_present() else "CPU"
+        if on_host():
+            log.warning("backend xla: no TPU on this host: XLA computes on its cores (PJRT_DEVICE=CPU says this too)")
+
+
+def set_devices(world_size: int) -> None:
+    """Have this many devices on a host without TPU: for tests, where replicas are threads of one process.
+
+    Without aliasing: a thread would otherwise wait, within the lock that the other one needs, for buffers to be free.
+    """
+    if on_host():
+        os.environ["CPU_NUM_DEVICES"] = str(world_size)
+        if not spmd():
+            os.environ["XLA_ENABLE_PARAM_ALIASING"] = "0"

@@ -1,0 +1,88 @@
+"""The first, eager decode: which units are called, when, with what; which change their inputs; which overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.diagnostics.compare import is_finite, tensors_of
+from rqvae.diagnostics.compiled import describe_arguments
+from rqvae.diagnostics.units import Unit
+
+Decode = Callable[[], Tensor]
+"""Decodes the subject's latent to an image (B, 3, H, W) in [0, 1], not clamped."""
+
+
+@dataclass
+class Survey:
+    """What the eager decode showed.
+
+    Args:
+        image: (B, 3, H, W) its image, the reference.
+        order: paths in the order in which their first calls ended: a module comes after what is inside it.
+        calls: path -> number of calls.
+        signatures: path -> types and shapes of the inputs of each call.
+        peaks: path -> largest |output|.
+        nonfinite: path -> whether its inputs were finite; the units whose eager output is not finite.
+        mutating: paths of units that change an input in place.
+    """
+
+    image: Tensor
+    order: list[str] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    signatures: dict[str, list[str]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    nonfinite: dict[str, bool] = field(default_factory=dict)
+    mutating: set[str] = field(default_factory=set)
+
+    @property
+    def first_nonfinite(self) -> str | None:
+        """The first unit that made something not finite out of finite inputs; an inner one before what is around it."""
+        return next((path for path in self.order if self.nonfinite.get(path)), None)
+
+
+def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
+    """Decode once, eager, and look at every unit's calls."""
+    seen = Survey(torch.empty(0))
+    open_calls: list[tuple[list[int], bool, str]] = []
+
+    def before(_: nn.Module, arguments: Any, keywords: Any) -> None:
+        given = tensors_of((arguments, keywords))
+        versions = [tensor._version for tensor in given]
+        open_calls.append((versions, is_finite(given), describe_arguments((arguments, keywords))))
+
+    def after(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+            versions, finite, signature = open_calls.pop()
+            if [tensor._version for tensor in tensors_of((arguments, keywords))] != versions:
+                seen.mutating.add(path)
+            if path not in seen.calls:
+                seen.order.append(path)
+            seen.calls[path] = seen.calls.get(path, 0) + 1
+            seen.signatures.setdefault(path, []).append(signature)
+            _note_output(seen, path, output, finite)
+
+        return hook
+
+    handles = []
+    try:
+        for unit in (unit for unit in units if not unit.container):
+            handles.append(unit.module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(unit.module.register_forward_hook(after(unit.path), with_kwargs=True))
+        with torch.no_grad():
+            seen.image = decode()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _note_output(seen: Survey, path: str, output: Any, inputs_finite: bool) -> None:
+    if not is_finite(output):
+        seen.nonfinite[path] = seen.nonfinite.get(path, False) or inputs_finite
+    peaks = [float(t.abs().max()) for t in tensors_of(output) if t.is_floating_point() and t.numel()]
+    seen.peaks[path] = max([seen.peaks.get(path, 0.0), *peaks])

@@ -1,0 +1,1 @@
+"""A stand-in for the vendor's package, and what a run that was trained with it did."""

@@ -1,0 +1,370 @@
+"""The compile diagnostic on small decoders: what it calls bad, what it does not, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from torch import Tensor, nn
+
+from rqvae.diagnostics.compare import BAD, Status
+from rqvae.diagnostics.compilers import Compiler, TorchCompiler, find_compiler
+from rqvae.diagnostics.faults import KINDS, FaultyCompiler
+from rqvae.diagnostics.ledger import GraphCompiler
+from rqvae.diagnostics.rows import Row
+from rqvae.diagnostics.session import Diagnosis
+from rqvae.diagnostics.subjects import Subject
+from rqvae.diagnostics.units import ROOT, is_inside
+from rqvae.errors import BadInput
+
+
+class Silent:
+    """A listener that hears nothing."""
+
+    def begin(self, path: str) -> None: ...
+
+    def row(self, row: Row) -> None: ...
+
+
+def small(dtype: torch.dtype = torch.float32, blocks: int = 2) -> Subject:
+    """A decoder like that of Stable Diffusion XL: all its kinds of modules in two resolutions."""
+    torch.manual_seed(0)
+    decoder = Decoder(
+        in_channels=4,
+        out_channels=3,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        block_out_channels=(8, 16, 16, 16)[:blocks],
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    decoder = decoder.eval().requires_grad_(False).to(dtype)
+    latent = torch.randn(1, 4, 8, 8).to(dtype)
+    return Subject(decoder, "decoder", latent, lambda z: (decoder(z) + 1) / 2, "a small decoder")
+
+
+def diagnose(
+    subject: Subject, compiler: Compiler, search: Any = "shadow", paths: Sequence[str] | None = None, **options: Any
+) -> dict[str, Row]:
+    with Diagnosis(subject, compiler, **options) as diagnosis:
+        rows = diagnosis.single(paths or list(diagnosis.units), {}, search, Silent())
+        return {row["path"]: row for row in rows}
+
+
+def around(target: str) -> list[str]:
+    """A module, what is inside it and around it, and what is beside it."""
+    paths = [name or ROOT for name, _ in small().root.named_modules()]
+    beside = target.rpartition(".")[0]
+    return [p for p in paths if is_inside(target, p) or is_inside(p, target) or (beside and is_inside(p, beside))]
+
+
+def flagged(rows: dict[str, Row], role: str | None = None) -> set[str]:
+    found = {path for path, row in rows.items() if Status(row["status"]) in BAD}
+    return {path for path in found if role is None or rows[path]["role"] == role}
+
+
+def test_a_healthy_compiler_is_called_healthy_and_really_ran() -> None:
+    subject = small()
+    rows = diagnose(subject, TorchCompiler("eager"))
+    assert not flagged(rows)
+    assert {row["status"] for row in rows.values()} == {"OK", "CONTAINER"}
+    for path, row in rows.items():
+        if row["status"] == "OK":
+            assert row["backend_calls"] >= row["calls"] >= 1, path
+        else:
+            assert row["type"] == "ModuleList", path
+    assert rows["mid_block.resnets.0.nonlinearity"]["calls"] == 2
+    made = sum(row["timing"]["fresh_graphs"] or 0 for row in rows.values())
+    assert made < sum(row["status"] == "OK" for row in rows.values())  # equal class and shape share a graph
+
+
+def test_what_silently_runs_eager_is_not_ok() -> None:
+    """Beyond torch's limit of versions: the eager fallback that the original tool reports as success."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        rows = diagnose(small(), TorchCompiler("eager"), versions=None)
+    fallen = [row for row in rows.values() if row["status"] == "EAGER_FALLBACK"]
+    assert len(fallen) > 2
+    assert all(row["backend_calls"] == 0 and "NO_COMPILED_CODE_RAN" in row["notes"] for row in fallen)
+    assert all(row["backend_calls"] >= 1 for row in rows.values() if row["status"] == "OK")
+
+
+def test_the_decoder_is_left_as_it_was() -> None:
+    subject = small()
+    before = {
+        name: (type(m), dict(m.__dict__["_forward_hooks"]), m.training) for name, m in subject.root.named_modules()
+    }
+    subject.root.get_submodule("mid_block").train()
+    weights = {name: value.clone() for name, value in subject.root.state_dict().items()}
+    image = subject.decode(subject.latent)
+    rows = diagnose(subject, FaultyCompiler(["conv_in:nan"], inner="eager"))
+    assert flagged(rows)
+    for name, module in subject.root.named_modules():
+        assert (type(module), dict(module._forward_hooks), not module._forward_pre_hooks) == (*before[name][:2], True)
+        assert module._compiled_call_impl is None
+    assert subject.root.get_submodule("mid_block").training
+    assert not subject.root.conv_in.training
+    assert all(torch.equal(weights[name], value) for name, value in subject.root.state_dict().items())
+    subject.root.eval()
+    assert torch.equal(subject.decode(subject.latent), image)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_fault_is_found_where_it_is(kind: str) -> None:
+    """The culprit, and every module around it unless that heals the fault; nothing else."""
+    target = "up_blocks.0.resnets.0.conv1"
+    paths = [target, "up_blocks.0.resnets.0.norm2", "up_blocks.0.resnets.0"]
+    rows = diagnose(small(), FaultyCompiler([f"{target}:{kind}"], inner="eager"), paths=paths)
+    assert flagged(rows, "culprit") == {target}
+    assert all(is_inside(target, path) for path in flagged(rows))
+    if flagged(rows) != {target}:  # the norm behind it takes a scale and most of a shift away
+        assert rows["up_blocks.0.resnets.0"]["role"] == "inherited"
+    if kind in ("compile_raise", "runtime_raise"):
+        error = rows[target]["error"]
+        assert (error["class"], error["kind"]) == ("Conv2d", "RuntimeError")
+        assert error["parents"] == [ROOT, "up_blocks", "up_blocks.0", "up_blocks.0.resnets", "up_blocks.0.resnets.0"]
+        assert "float32 (1, 16, 8, 8)" in error["signature"]
+        assert error["trace"]
+
+
+def test_the_fault_of_a_whole_block_is_found_too() -> None:
+    rows = diagnose(small(), FaultyCompiler(["mid_block.resnets.0:scale"], inner="eager"))
+    assert flagged(rows) - {"mid_block", ROOT} == {"mid_block.resnets.0"}
+
+
+def drawn_faults(number: int) -> Iterator[tuple[str, str]]:
+    """Kinds and places, drawn anew at each call."""
+    draw = random.Random()
+    paths = [n for n, m in small().root.named_modules() if n and not isinstance(m, nn.ModuleList)]
+    for i in range(number):
+        yield draw.choice(paths), KINDS[i % len(KINDS)]
+
+
+def check_faults(number: int, whole: bool) -> None:
+    exact = 0
+    for target, kind in drawn_faults(number):
+        compiler = FaultyCompiler([f"{target}:{kind}"], inner="eager")
+        rows = diagnose(small(), compiler, paths=None if whole else around(target))
+        found = flagged(rows)
+        assert target in found, (target, kind)
+        assert all(is_inside(target, path) for path in found), (target, kind, found)
+        exact += {path for path in found if rows[path]["role"] != "inherited"} == {target}
+    assert exact >= 0.98 * number
+
+
+def test_drawn_faults_are_found() -> None:
+    check_faults(3, whole=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_150_drawn_faults_of_15_kinds_are_found() -> None:
+    check_faults(150, whole=True)
+
+
+@pytest.mark.slow
+def test_what_the_exhaustive_procedure_calls_bad_is_bad_here() -> None:
+    for target, kind in drawn_faults(2):
+        compiler = FaultyCompiler([f"{target}:{kind}"], inner="eager")
+        naive = flagged(diagnose(small(), compiler, "naive"))
+        assert naive <= flagged(diagnose(small(), compiler)), (target, kind)
+
+
+class Rounding(TorchCompiler):
+    """Computes in float32 and rounds at the end, as fused kernels do: healthy, and not equal to eager bf16."""
+
+    def __init__(self) -> None:
+        super().__init__("eager")
+        self._made: GraphCompiler = self._rounding
+
+    def graph_compiler(self, path: str) -> GraphCompiler:
+        return self._made
+
+    @staticmethod
+    def _rounding(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        def call(*arguments: Any) -> Any:
+            kinds = {a.dtype for a in arguments if isinstance(a, Tensor) and a.is_floating_point()}
+            wide = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+            (kind,) = kinds
+            try:
+                return tuple(o.to(kind) if isinstance(o, Tensor) else o for o in graph.forward(*wide))
+            except RuntimeError:  # a graph that converts by itself
+                return graph.forward(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_healthy_code_of_low_precision_is_not_flagged(dtype: torch.dtype) -> None:
+    subject = small(dtype)
+    inner = [name for name, _ in subject.root.named_modules() if name and not name.startswith("up_blocks.1")]
+    rows = diagnose(subject, Rounding(), paths=inner)
+    assert not flagged(rows)
+    flat = [row for row in rows.values() if row["status"] == "OK" and (row["max_abs"] or 0) > 1e-4]
+    assert len(flat) > 5  # what a flat tolerance would have flagged
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_healthy_inductor_code_is_not_flagged(dtype: torch.dtype) -> None:
+    assert not flagged(diagnose(small(dtype), TorchCompiler("inductor")))
+
+
+def test_group_norm_and_interpolate_in_one_graph() -> None:
+    """The case of optimum-habana's pull request 2000: blank only where both are in one graph; a cut heals it."""
+    compiler = FaultyCompiler(together=["group_norm", "interpolate"], inner="eager")
+    subject = small(blocks=4)
+    with Diagnosis(subject, compiler) as diagnosis:
+        rows = diagnosis.single(list(diagnosis.units), {}, "shadow", Silent())
+        assert {r["path"] for r in rows if r["role"] == "interaction"} == {f"up_blocks.{i}" for i in range(3)}
+        assert {r["path"] for r in rows if r["role"] == "inherited"} == {ROOT}
+        cuts, tried = diagnosis.find_breaks(rows)
+    assert {(cut.path, cut.before) for cut in cuts} == {(f"up_blocks.{i}", "upsamplers.0") for i in range(3)}
+    assert len(tried) == 3
+
+
+class Pair(TorchCompiler):
+    """Right unless two modules' compiled code runs in one decode: then the later one's output is wrong."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__("eager")
+        self._paths, self.ran = (first, second), False
+        self._made: dict[str, GraphCompiler] = {}
+
+    def graph_compiler(self, path: str) -> GraphCompiler:
+        if path not in self._paths:
+            return super().graph_compiler(path)
+        return self._made.setdefault(path, lambda graph, _: self._watched(path, graph))
+
+    def _watched(self, path: str, graph: torch.fx.GraphModule) -> Any:
+        def call(*arguments: Any) -> Any:
+            output = graph.forward(*arguments)
+            first = path == self._paths[0]
+            self.ran = self.ran or first
+            return tuple(o * 0 for o in output) if self.ran and not first else output
+
+        return call
+
+
+def test_two_modules_that_fail_together_are_found_without_compiling_again() -> None:
+    compiler = Pair("mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv2")
+    subject = small()
+    decode = subject.decode
+
+    def fresh(z: Tensor) -> Tensor:
+        compiler.ran = False
+        return decode(z)
+
+    subject.decode = fresh
+    with Diagnosis(subject, compiler) as diagnosis:
+        leaves = [path for path, unit in diagnosis.units.items() if unit.leaf]
+        assert not diagnosis.decode_with(["mid_block.resnets.0.conv1"]).is_bad
+        assert not diagnosis.decode_with(["up_blocks.1.resnets.0.conv2"]).is_bad
+        rows = diagnosis.single(leaves, {}, "shadow", Silent())
+        for row in rows:
+            row["status"] = "OK"  # the shadow decode runs both, too
+        assert diagnosis.decode_with(leaves).is_bad
+        graphs, decodes = len(diagnosis.ledger.graphs), diagnosis.decodes
+        found = diagnosis.interactions(rows)
+        assert found == [["mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv2"]]
+        assert len(diagnosis.ledger.graphs) == graphs
+        assert diagnosis.decodes - decodes <= 19  # 18, and one more that finds the rest healthy
+
+
+def test_top_down_and_auto_look_only_where_it_is_bad() -> None:
+    compiler = FaultyCompiler(["up_blocks.0.resnets.1.norm2:scale"], inner="eager")
+    rows = diagnose(small(), compiler, "top_down")
+    assert flagged(rows, "culprit") == {"up_blocks.0.resnets.1.norm2"}
+    skipped = [row for row in rows.values() if "SKIPPED_BY_TOP_DOWN" in row["notes"]]
+    assert len(skipped) > 20
+    healthy = diagnose(small(), TorchCompiler("eager"), "auto")
+    assert healthy[ROOT]["status"] == "OK"
+    assert sum("SKIPPED_BY_AUTO" in row["notes"] for row in healthy.values()) > 20
+
+
+def test_overflow_is_named_at_the_first_module_and_blamed_on_no_compiler() -> None:
+    subject = small(torch.float16)
+    conv: nn.Conv2d = subject.root.get_submodule("up_blocks.0.resnets.1.conv2")  # type: ignore[assignment]
+    conv.weight.mul_(1e6)
+    rows = diagnose(subject, TorchCompiler("eager"))
+    over = {path: row["role"] for path, row in rows.items() if row["status"] == "EAGER_NONFINITE"}
+    assert [path for path, role in over.items() if role == "culprit"] == ["up_blocks.0.resnets.1.conv2"]
+    assert over[ROOT] == "inherited"
+    assert not flagged(rows)
+    wide = small()
+    wide.root.get_submodule("up_blocks.0.resnets.1.conv2").weight.mul_(1e6)  # type: ignore[operator, union-attr]
+    assert {row["status"] for row in diagnose(wide, TorchCompiler("eager")).values()} == {"OK", "CONTAINER"}
+
+
+class Odd(nn.Module):
+    """What decoders may have: an in-place activation, an identity, an unused module, a list, a print in the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act, self.same = nn.Conv2d(4, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Identity()
+        self.unused, self.held = nn.Linear(2, 2), nn.Sequential(nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        h = self.act(h)
+        torch._dynamo.graph_break()
+        return self.same(self.held[0](h) + h)
+
+
+def test_odd_modules() -> None:
+    torch.manual_seed(0)
+    root = Odd().eval()
+    latent = torch.randn(1, 4, 6, 6)
+    rows = diagnose(Subject(root, "decoder", latent, lambda z: root(z), "odd"), TorchCompiler("eager"))
+    statuses = {path: row["status"] for path, row in rows.items()}
+    assert statuses["act"] == "OK"  # compared on a copy of its input, which eager had changed
+    assert statuses["unused"] == "NOT_EXERCISED"
+    assert statuses["held"] == "CONTAINER"
+    assert statuses["same"] == "EAGER_FALLBACK"  # there is nothing in it to compile, and no OK without compiled code
+    assert statuses[ROOT] == "OK"
+    assert "GRAPH_BREAKS" in rows[ROOT]["notes"]
+    assert any("test_diagnose_shadow.py" in line for line in rows[ROOT]["graph_breaks"][0]["lines"])
+
+
+def test_a_module_without_operations_does_not_make_the_next_ones_eager() -> None:
+    """dynamo skips a code object for good once it held nothing to compile; leaves do not share an identity's."""
+    torch.manual_seed(0)
+    root = nn.Sequential(nn.Identity(), nn.Conv2d(4, 3, 1), nn.SiLU(), nn.Conv2d(3, 3, 1), nn.Identity()).eval()
+    rows = diagnose(Subject(root, "decoder", torch.randn(1, 4, 4, 4), root, "odd"), TorchCompiler("eager"))
+    assert [rows[path]["status"] for path in "01234"] == ["EAGER_FALLBACK", "OK", "OK", "OK", "EAGER_FALLBACK"]
+
+
+def test_same_seed_same_verdicts() -> None:
+    compiler = FaultyCompiler(["conv_in:round"], inner="eager")
+    first, second = (diagnose(small(), compiler, paths=["conv_in", "conv_out", "mid_block"]) for _ in range(2))
+    for path, row in first.items():
+        assert {k: v for k, v in row.items() if k not in ("timing", "notes")} == {
+            k: v for k, v in second[path].items() if k not in ("timing", "notes")
+        }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nowhere.Compiler", "expected the path of a class"),
+        ("rqvae.diagnostics.faults.KINDS", "expected a rqvae.diagnostics.compilers.Compiler"),
+        ("{", "expected JSON"),
+        ('{"class_path": "rqvae.diagnostics.faults.FaultyCompiler", "init_args": {"a": 1}}', "unexpected keyword"),
+        ('{"class_path": "rqvae.diagnostics.faults.FaultyCompiler", "init_args": {"faults": ["a:b"]}}', "got a:b"),
+    ],
+)
+def test_compilers_that_cannot_be(text: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        find_compiler(text)
+
+
+def test_an_unknown_compiler_and_one_without_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="--backend: expected one of .*inductor"):
+        TorchCompiler("inductr").check("cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadInput, match="no-such-compiler") as error:
+        TorchCompiler("inductor").check("cpu")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,91 @@
+"""`rollout` and `play` on a run that `train` has made."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rqvae.games.collect import collect
+from tests.conftest import ROOT, only
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world model of a few steps."""
+    from rqvae.cli import run as command
+
+    folder = tmp_path_factory.mktemp("world")
+    collect("maze-chase", 300, 32, folder / "frames")
+    backbone = "--stage2.init_args.backbone.init_args"
+    line = ["train", ROOT / "configs/maze_chase/world_model.yaml", "--save-dir", folder, "--project", "p"]
+    line += ["--data.dataset.init_args.root", folder / "frames", "--data.workers", 0, "--data.batch_size", 8]
+    line += ["--train.steps", 2, f"{backbone}.width", 32, f"{backbone}.depth", 1, "--logging.progress", "false"]
+    assert command([str(word) for word in line]) == 0
+    return only(folder / "p")
+
+
+def test_rollout_writes_every_field_and_is_the_same_again(run: Path, tmp_path: Path, cli, capfd) -> None:
+    line = ["rollout", run, "--starts", 2, "--horizon", 4, "--seeds", "0,1", "--json"]
+    assert cli(*line, tmp_path / "one.json") == 0
+    table = capfd.readouterr().out
+    assert "one step, moving pixels" in table
+    scores = json.loads((tmp_path / "one.json").read_text())
+    assert scores["one_step"].keys() == {"psnr", "psnr_moving", "copy_last", "copy_last_moving"}
+    named = {
+        "open_turns",
+        "blocked_refused",
+        "player_visible",
+        "ghosts_visible",
+        "detector_error",
+        "rollout",
+        "protocol",
+    }
+    assert named <= scores.keys()
+    assert scores["rollout"].keys() == {"1", "2", "4"}
+    assert scores["protocol"]["seeds"] == [0, 1]
+    assert cli(*line, tmp_path / "two.json", "--batch-size", 1) == 0
+    again = json.loads((tmp_path / "two.json").read_text())
+    assert again["protocol"] == scores["protocol"]
+    assert again["one_step"]["psnr"] == pytest.approx(scores["one_step"]["psnr"], abs=0.01)
+
+
+def test_rollout_refuses_what_is_no_world_model(run: Path, tmp_path: Path, cli, capfd) -> None:
+    assert cli("rollout", tmp_path) == 2
+    assert cli("rollout", run, "--starts", 0) == 2
+    assert "starts >= 1" in capfd.readouterr().err
+    assert cli("rollout", run, "--solver", "fly") == 2
+    assert "--solver: expected one of euler" in capfd.readouterr().err
+    assert cli("sample", run, "--num", 2, "--out", tmp_path / "out") == 2
+    assert "python -m rqvae rollout" in capfd.readouterr().err
+
+
+def test_play_serves_a_browser_and_ends_with_ctrl_c(run: Path) -> None:
+    """The command itself: a port of its own, frames over a real socket, keys, and an end without a trace."""
+    client = pytest.importorskip("websockets.sync.client")
+    line = [sys.executable, "-m", "rqvae", "play", str(run), "--port", "0", "--fps", "50"]
+    server = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[2]
+        with client.connect(address.replace("http", "ws") + "play") as browser:
+            facts = json.loads(browser.recv(timeout=30))
+            assert facts["actions"] == ["NOOP", "UP", "RIGHT", "LEFT", "DOWN"]
+            browser.send(json.dumps({"press": 2}))
+            steps = []
+            for _ in range(5):
+                message = browser.recv(timeout=30)
+                (size,) = struct.unpack(">I", message[:4])
+                steps.append(json.loads(message[4 : 4 + size])["step"])
+            assert steps == [1, 2, 3, 4, 5]
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=30)
+    finally:
+        server.kill()
+    assert "Traceback" not in errors
+    assert server.returncode in (0, 130)
