@@ -126,7 +126,7 @@ def healthy_logs(folders: list[Path]) -> list[tuple[str, RunLog, Subject]]:
         loss = subject.loss
         if loss is None or len(loss) < LEAST or loss.values.min() <= 0 or alarms(log, ("critical", "major")):
             continue
-        found.append((path.name, log, subject))
+        found.append((f"{path.parent.name}/{path.name}", log, subject))
     return found
 
 

@@ -102,7 +102,7 @@ def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backends.choose("xla") == "xla"
     assert backends.choose("xla:spmd") == "xla:spmd"
-    with pytest.raises(BadInput, match="expected options of xla among spmd, got fast"):
+    with pytest.raises(BadInput, match="expected options of xla among spmd, matmul_high, matmul_default, got fast"):
         backends.choose("xla:fast")
     monkeypatch.setenv("PJRT_DEVICE", "TPU")
     assert backends.choose() == "xla"

@@ -23,7 +23,7 @@ from rqvae.processes import leave_with_parent
 __all__ = ["Backend", "LossScaler", "Precision", "choose", "create", "in_job", "launch"]
 
 _BACKENDS: dict[str, type[EagerBackend]] = {"cpu": CpuBackend, "cuda": CudaBackend, "hpu": HpuBackend}
-_OPTIONS = {name: backend.options for name, backend in _BACKENDS.items()} | {"xla": ("spmd",)}
+_OPTIONS = {name: backend.options for name, backend in _BACKENDS.items()} | {"xla": xla_environment.OPTIONS}
 
 
 def choose(name: str | None = None) -> str:

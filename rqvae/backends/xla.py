@@ -8,6 +8,7 @@ drives all devices, the program is that of the whole batch, and there is one ran
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import threading
@@ -39,7 +40,7 @@ from rqvae.errors import BadInput
 T = TypeVar("T")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 _BLOCK = 1024
-"""Numbers that the first message of `broadcast` holds; most objects need no second one."""
+"""Numbers in a message between ranks, at least; most objects of `broadcast` need one message."""
 _KERNELS = xla_kernels.register()
 _LOCK = threading.Lock()
 _MEETINGS: dict[int, threading.Barrier] = {}
@@ -251,9 +252,20 @@ class XlaBackend:
             return x.clone() if self.world_size == 1 else self._reduced(x, op)
         if self.world_size == 1:
             return x.cpu().clone().to(x.device)
-        reduced = self._reduced(x.to(self.device), op)
+        if x.device.type == "cpu":
+            return self._reduced_of_host(x, op)
+        reduced = self._reduced(x, op)
         self._run()
-        return reduced.to(x.device)
+        return reduced
+
+    def _reduced_of_host(self, x: Tensor, op: ReduceOp) -> Tensor:
+        """Padded to a block, or to a power of two: each length would be a program to be compiled."""
+        padded = torch.zeros(max(_BLOCK, 1 << (x.numel() - 1).bit_length()), dtype=x.dtype)
+        padded[: x.numel()] = x.flatten()
+        total = self._reduced(padded.to(self.device), "max" if op == "max" else "sum")
+        self._run()
+        total = total.cpu()[: x.numel()].view_as(x)
+        return total / self.world_size if op == "mean" else total
 
     def all_gather(self, x: Tensor) -> Tensor:
         if self.world_size == 1:
@@ -264,8 +276,9 @@ class XlaBackend:
 
     def not_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
         """Looked at on the host, where a checkpoint's tensors go anyway: no program, and none to compile."""
-        flags = torch.tensor([float(not value.detach().cpu().isfinite().all()) for value in tensors])
-        return self.all_reduce(flags, "max").bool().tolist()
+        flags = [float(not value.detach().cpu().isfinite().all()) for value in tensors]
+        # a sum in float64, as the mean of a row: the same program
+        return (self.all_reduce(torch.tensor(flags, dtype=torch.float64)) > 0).tolist()
 
     def broadcast(self, value: T) -> T:
         if self.world_size == 1:
@@ -278,10 +291,9 @@ class XlaBackend:
         size = int(first[0])
         data = first[1 : 1 + size]
         if size > len(data):
-            # padded to a power of two: each length is a program to be compiled
-            rest = np.zeros(1 << (size - 1).bit_length(), np.int32)
+            rest = np.zeros(size, np.int32)
             rest[: len(own)] = own
-            data = self._sum(rest)[:size]
+            data = self._sum(rest)
         return pickle.loads(data.astype(np.uint8).tobytes())
 
     def _sum(self, numbers: np.ndarray) -> np.ndarray:
@@ -315,4 +327,6 @@ def create(precision: Precision, threads: int) -> XlaBackend:
             # torch_xla 2.9 writes the files there, and cannot read them again
             raise BadInput(f"{xla_environment.CACHE}: expected to be unset without a TPU")
         xr.initialize_cache(folder)
+    logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)  # it warns whenever a precision is chosen
+    torch_xla.backends.set_mat_mul_precision(xla_environment.matmul())
     return XlaBackend(precision, threads)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from rqvae.errors import BadInput
 
@@ -16,6 +17,10 @@ JOB = "RQVAE_XLA_JOB"
 """Set in the processes that our launcher started."""
 SPMD = "RQVAE_XLA_SPMD"
 """1: one process drives all devices of the host, and the compiler splits the batch. Else one replica a device."""
+MATMUL = "RQVAE_XLA_MATMUL"
+"""How a TPU multiplies fp32 numbers: highest (6 passes in bf16, the default here), high (3) or default (1)."""
+OPTIONS = ("spmd", "matmul_high", "matmul_default")
+"""What may follow the backend's name."""
 CACHE = "RQVAE_XLA_CACHE"
 """Folder of compiled programs that outlive the process."""
 
@@ -39,6 +44,21 @@ def take(options: Sequence[str]) -> None:
     """Options of `--backend xla:OPTIONS`, which go the way of the environment, as torch_xla's own do."""
     if "spmd" in options:
         os.environ[SPMD] = "1"
+    for option in options:
+        if option.startswith("matmul_"):
+            os.environ[MATMUL] = option.removeprefix("matmul_")
+
+
+def matmul() -> Literal["highest", "high", "default"]:
+    """The precision of fp32 products.
+
+    Raises:
+        BadInput: RQVAE_XLA_MATMUL is none of the three.
+    """
+    value = os.environ.get(MATMUL, "highest")
+    if value not in ("highest", "high", "default"):
+        raise BadInput(f"{MATMUL}: expected highest, high or default, got {value}")
+    return value  # type: ignore[return-value]
 
 
 def spmd() -> bool:

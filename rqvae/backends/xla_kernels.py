@@ -1,4 +1,4 @@
-"""Two operations that torch_xla 2.9 runs outside the step's program, or compiles anew, in a form that it does not."""
+"""Operations that torch_xla 2.9 runs outside the step's program, compiles anew, or refuses, in a form that it does not."""
 
 from __future__ import annotations
 
@@ -27,6 +27,23 @@ def _upsample_nearest2d_backward(
     return grad.reshape(batch, channels, height, factors[0], width, factors[1]).sum((3, 5))
 
 
+def _pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) -> (B, C factor^2, H / factor, W / factor).
+
+    torch_xla's own, and that of the inverse, refuse to work with XLA_DISABLE_FUNCTIONALIZATION=1.
+    """
+    batch, channels, height, width = x.shape
+    cut = x.reshape(batch, channels, height // factor, factor, width // factor, factor)
+    return cut.permute(0, 1, 3, 5, 2, 4).reshape(batch, -1, height // factor, width // factor)
+
+
+def _pixel_shuffle(x: Tensor, factor: int) -> Tensor:
+    """The inverse of `_pixel_unshuffle`."""
+    batch, _, height, width = x.shape
+    cut = x.reshape(batch, -1, factor, factor, height, width)
+    return cut.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * factor, width * factor)
+
+
 def data_of(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A scalar that is data of the program whatever its value is.
 
@@ -53,10 +70,12 @@ def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
 
 def register() -> torch.library.Library:
-    """Use both on XLA's devices, for as long as the library that is returned lives."""
+    """Use them on XLA's devices, for as long as the library that is returned lives."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         library.impl("upsample_nearest2d_backward", _upsample_nearest2d_backward, "XLA")
+        library.impl("pixel_unshuffle", _pixel_unshuffle, "XLA")
+        library.impl("pixel_shuffle", _pixel_shuffle, "XLA")
         library.impl("lerp.Scalar", _lerp, "XLA")
     return library

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from rqvae.backends import xla_environment
@@ -56,6 +57,7 @@ def _one_process(arguments: list[str], world_size: int, folder: Path) -> int:  #
 
 
 def _replicas(arguments: list[str], world_size: int, folder: Path) -> int:
+    resource_tracker.ensure_running()  # at its start it unblocks both signals, in the thread that it is started from
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # what is started inherits it
     try:
         import torch_xla

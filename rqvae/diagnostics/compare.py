@@ -115,11 +115,6 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def is_finite(output: Any) -> bool:
-    """Whether all floating-point tensors are finite."""
-    return all(bool(t.isfinite().all()) for t in tensors_of(output) if t.is_floating_point())
-
-
 def judge(eager: Any, compiled: Any, gold: Any = None, blank_std: float = STD_THRESHOLD) -> Verdict:
     """Compare what a unit returned eager and compiled.
 

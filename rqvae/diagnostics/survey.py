@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rqvae.diagnostics.compare import is_finite, tensors_of
+from rqvae.diagnostics.compare import tensors_of
 from rqvae.diagnostics.compiled import describe_arguments
 from rqvae.diagnostics.units import Unit
 
@@ -48,12 +48,13 @@ class Survey:
 def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
     """Decode once, eager, and look at every unit's calls."""
     seen = Survey(torch.empty(0))
-    open_calls: list[tuple[list[int], bool, str]] = []
+    open_calls: list[tuple[list[int], Tensor, str]] = []
+    facts: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
     def before(_: nn.Module, arguments: Any, keywords: Any) -> None:
         given = tensors_of((arguments, keywords))
         versions = [tensor._version for tensor in given]
-        open_calls.append((versions, is_finite(given), describe_arguments((arguments, keywords))))
+        open_calls.append((versions, _finite(given), describe_arguments((arguments, keywords))))
 
     def after(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
@@ -64,7 +65,7 @@ def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
                 seen.order.append(path)
             seen.calls[path] = seen.calls.get(path, 0) + 1
             seen.signatures.setdefault(path, []).append(signature)
-            _note_output(seen, path, output, finite)
+            facts.append((path, finite, _finite(output), _peak(output)))
 
         return hook
 
@@ -78,11 +79,25 @@ def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
     finally:
         for handle in handles:
             handle.remove()
+    # read at the end: one wait for the device, where one a module would cut a lazy device's decode into as many graphs
+    for path, inputs_finite, finite, peak in facts:
+        seen.peaks[path] = max(seen.peaks.get(path, 0.0), float(peak))
+        if not bool(finite):
+            seen.nonfinite[path] = seen.nonfinite.get(path, False) or bool(inputs_finite)
     return seen
 
 
-def _note_output(seen: Survey, path: str, output: Any, inputs_finite: bool) -> None:
-    if not is_finite(output):
-        seen.nonfinite[path] = seen.nonfinite.get(path, False) or inputs_finite
-    peaks = [float(t.abs().max()) for t in tensors_of(output) if t.is_floating_point() and t.numel()]
-    seen.peaks[path] = max([seen.peaks.get(path, 0.0), *peaks])
+def _floats(tree: Any) -> list[Tensor]:
+    return [t for t in tensors_of(tree) if t.is_floating_point() and t.numel()]
+
+
+def _finite(tree: Any) -> Tensor:
+    """Whether all floating-point values are finite, on the device."""
+    found = [t.isfinite().all() for t in _floats(tree)]
+    return torch.stack(found).all() if found else torch.tensor(True)
+
+
+def _peak(tree: Any) -> Tensor:
+    """Largest |value|, on the device."""
+    found = [t.abs().amax().float() for t in _floats(tree)]
+    return torch.stack(found).amax() if found else torch.tensor(0.0)

@@ -99,11 +99,16 @@ def _rise_of_points(values: np.ndarray) -> Rise | None:
     count = len(values)
     if count < FEWEST:
         return None
-    for run in range(min(count - _RAW_BEFORE, max(_RAW_RUN, count // 3)), _RAW_RUN - 1, -1):
+    lowest_since = np.minimum.accumulate(values[::-1])
+    longest = min(count - _RAW_BEFORE, max(_RAW_RUN, count // 3))
+    runs = np.arange(_RAW_RUN, longest + 1)
+    # Only where all that follows lies above the point before can it lie above all points before.
+    for run in runs[lowest_since[runs - 1] > values[count - runs - 1]][::-1]:
         before = values[max(0, count - run - 50) : count - run]
         base, deviation = float(np.median(before)), max(mad(before), 1e-300)
         high = max(before.max() + 0.5 * _scale(values, base), base + 8 * deviation)
-        if values[-run:].min() > high:
-            tail = float(np.median(values[-run:]))
-            return Rise(count - run, base, tail, (tail - base) / deviation, count - run)
+        if lowest_since[run - 1] > high:
+            start = int(count - run)
+            tail = float(np.median(values[start:]))
+            return Rise(start, base, tail, (tail - base) / deviation, start)
     return None

@@ -118,7 +118,6 @@ def instrument(replace: Callable[[Any, str, Any], None]) -> None:
         return original_to(self, *arguments, **keywords)
 
     def choose_device(self: HpuBackend, local_rank: int) -> torch.device:
-        KEPT.append(self)
         device = choose(self, local_rank)
         assert str(device) == "hpu", device
         return CARD

@@ -90,7 +90,8 @@ def trivial(subject: Subject) -> Iterator[Found]:
     needs=("diffusion", "train_loss", "objective"),
     threshold="where the objective is stated and no weights were loaded: the median of the first losses (3 "
     "or more, within "
-    "the first 20 steps) is above 1.5 or below 0.5 of the level of a zero prediction",
+    "the first 20 steps) is above 1.5 of the level of a zero prediction, or (info: weights may have been "
+    "loaded) below 0.5",
     alternatives=(
         "a log that begins late",
         "a learning rate so high that the first steps do harm",
@@ -113,7 +114,13 @@ def first_level(subject: Subject) -> Iterator[Found]:
             f"the first {len(early)} values of {loss.name} have the median {median:.4g}; a zero "
             f"prediction has {level.value:g}"
         )
-        yield Found(text, (at(loss, 0), at(loss, len(early) - 1)), confidence=0.8, power=f"{len(early)} points")
+        yield Found(
+            text,
+            (at(loss, 0), at(loss, len(early) - 1)),
+            confidence=0.8,
+            severity="info" if median < level.value else None,
+            power=f"{len(early)} points",
+        )
 
 
 def _bins(subject: Subject) -> list[Series]:

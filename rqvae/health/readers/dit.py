@@ -13,6 +13,7 @@ from rqvae.health.readers._pairs import clock, note_line, pairs
 from rqvae.health.text import lines_of
 
 _POINT = re.compile(r"\(step=(\d+)\)(.*)")
+_USUAL = re.compile(r"\(step=(\d+)\) Train Loss: ([\d.]+), Train Steps/Sec: ([\d.]+)$")
 _HEADER = re.compile(r"Experiment directory created at|\b\w*[DS]iT Parameters: |Beginning epoch \d+")
 _EPOCH = re.compile(r"Beginning epoch (\d+)")
 
@@ -31,12 +32,16 @@ class Reader:
     def read(self, path: Path) -> RunLog:
         log, count = LogBuilder(path, self.name), 0
         for count, text in lines_of(path):  # noqa: B007  (the last number is the number of lines)
-            found = _POINT.search(text)
-            if found is None:
+            if usual := _USUAL.search(text):
+                step, loss, rate = map(float, usual.groups())
+                log.add("Train Loss", step, loss, count)
+                log.add("Train Steps/Sec", step, rate, count)
+            elif found := _POINT.search(text):
+                step = float(found[1])
+                log.row(step, pairs(found[2]), count)
+            else:
                 _event(log, count, text)
                 continue
-            step = float(found[1])
-            log.row(step, pairs(found[2]), count)
             if (time := clock(text)) is not None:
                 log.add("wall_time", step, time, count)
         return log.finish(count)
