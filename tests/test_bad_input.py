@@ -143,7 +143,8 @@ def test_world_size_and_save_dir(tmp_path: Path, cli, capfd) -> None:
     assert str(blocked) in capfd.readouterr().err
     assert "data.batch_size" in refused(cli, capfd, tmp_path / "s", STAGE1, "--world-size", 3)
     assert "got a URL" in refused(cli, capfd, tmp_path / "s", STAGE1, "--save-dir", "gs://bucket/x")
-    assert "online_eval" in refused(cli, capfd, tmp_path / "s", STAGE2, "--online_eval.every", 2, "--online_eval.metrics", "[psnr]")
+    psnr = ["--online_eval.every", 2, "--online_eval.metrics", "[psnr]"]
+    assert "online_eval" in refused(cli, capfd, tmp_path / "s", STAGE2, *psnr)
 
 
 def test_unknown_backend_is_no_fallback(tmp_path: Path, cli, capfd, monkeypatch) -> None:

@@ -176,8 +176,9 @@ def test_selfcheck_of_the_cpu(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPat
 
 
 def checked(*arguments: object, timeout: float = 250) -> dict[str, Any]:
-    code, errors = finish(start("selfcheck", *arguments, env=environment()), timeout)
-    assert code == 0, errors[-2000:]
+    command = [sys.executable, "-m", "rqvae.backends.selfcheck", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(Path(str(arguments[-1])).read_text())
 
 

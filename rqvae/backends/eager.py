@@ -28,6 +28,10 @@ from rqvae.shards import is_sharded
 
 T = TypeVar("T")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
+_LEFT: list[dist.ProcessGroup | None] = []
+"""Groups that were left, kept to the end of the process. Freeing one of gloo soon after a collective can hang in torch
+2.7: the GIL is held while its lock is taken, which its thread holds while it waits for the GIL to free a tensor."""
+
 _COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -213,4 +217,5 @@ class EagerBackend:
 
     def close(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
+            _LEFT.extend((dist.group.WORLD, self._host_group))
             dist.destroy_process_group()

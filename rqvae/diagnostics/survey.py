@@ -99,5 +99,5 @@ def _finite(tree: Any) -> Tensor:
 
 def _peak(tree: Any) -> Tensor:
     """Largest |value|, on the device."""
-    found = [t.abs().amax().float() for t in _floats(tree)]
-    return torch.stack(found).amax() if found else torch.tensor(0.0)
+    found = [t.abs().max().float() for t in _floats(tree)]
+    return torch.stack(found).max() if found else torch.tensor(0.0)

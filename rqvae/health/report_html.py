@@ -51,6 +51,7 @@ table{border-collapse:collapse;width:100%;font-size:14px}
 td,th{text-align:left;vertical-align:top;padding:4px 10px 4px 0;border-bottom:1px solid var(--line);
 overflow-wrap:anywhere}
 td:first-child{white-space:nowrap}
+td:nth-child(3){min-width:13em;color:var(--dim)}
 dl{margin:8px 0 0;display:grid;grid-template-columns:max-content 1fr;gap:2px 12px;font-size:14px}
 dt{color:var(--dim)}
 dd{margin:0}

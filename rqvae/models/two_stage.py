@@ -154,6 +154,6 @@ class TwoStage(nn.Module):
             encoded = self.connector(self.stage1.encode(LabeledImageData(img=frames.flatten(0, 1)))).zs
             return replace(condition, context=encoded.unflatten(0, frames.shape[:2]), encoded=True)
         raise BadInput(
-            f"condition.context: expected frames (B, K, {str(tuple(self.image_shape))[1:]}, or latents marked as encoded, "
-            f"got {tuple(frames.shape)}"
+            f"condition.context: expected frames (B, K, {str(tuple(self.image_shape))[1:]}, or latents marked as "
+            f"encoded, got {tuple(frames.shape)}"
         )

@@ -32,8 +32,6 @@ from rqvae.trainers.trainer import Trainer
 from tests.hpu_stub.journal import EVENTS, note
 from tests.hpu_stub.mutations import MUTATIONS
 
-KEPT: list[Any] = []
-"""To the end of the process: torch 2.7 hangs where a module with a Python hook, or its group, is freed before."""
 CARD = torch.device("cpu")
 """What stands in for the card; told from the host's other tensors by being this object."""
 
@@ -84,7 +82,6 @@ class NotedDDP(DistributedDataParallel):
             return allreduce_hook(group, bucket)
 
         self.register_comm_hook(None, hook)
-        KEPT.append(self)
 
 
 def noted(function: Callable[..., Any], *, before: str = "", after: str = "") -> Callable[..., Any]:
@@ -138,7 +135,6 @@ def instrument(replace: Callable[[Any, str, Any], None]) -> None:
     def init_process_group(name: str, *arguments: Any, **keywords: Any) -> None:
         note(f"init_process_group {name}")
         original_group(name, *arguments, **keywords)
-        KEPT.append(dist.group.WORLD)
 
     replace(HpuBackend, "choose_device", choose_device)
     replace(HpuBackend, "_group_of", group_of)

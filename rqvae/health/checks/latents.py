@@ -156,7 +156,7 @@ def sampler(subject: Subject) -> Iterator[Found]:
     needs=(),
     threshold="a declared drop probability p other than 0.5 goes with a share of unconditional draws of 1 - p in the "
     "printed probabilities of the same block",
-    recommendation=("name it p_cond, or turn it round; refuse a config that states both",),
+    recommendation=("name a keep probability p_cond, or turn its meaning round; refuse a config that states both",),
     verify="with a drop probability of 0.1 a tenth of the draws has no condition",
 )
 def drop_semantics(subject: Subject) -> Iterator[Found]:

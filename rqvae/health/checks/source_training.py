@@ -33,7 +33,7 @@ def _where(file: SourceFile, node: ast.AST) -> Evidence:
     "that passes over NaN, within one function",
     alternatives=("a metric, not the loss",),
     recommendation=(
-        "take it out: a NaN in the prediction has to stop the step",
+        "take nan_to_num out: a NaN in the prediction has to stop the step",
         "or count what is replaced, and log it",
     ),
     verify="a NaN that is put into the weights makes the loss NaN",
