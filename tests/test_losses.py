@@ -361,7 +361,9 @@ def test_lpips_fetches_a_url_once_and_checks_its_sha256(
     assert loss.load().distance is not None
     (folder / "alexnet-00000000.pth").write_bytes(content)
     wrong = LPIPSLoss(net="alex", trunk_weights=f"{url}/alexnet-00000000.pth")
-    with pytest.raises(BadInput, match="alexnet-00000000.pth cannot be had .*invalid hash value"):
+    with pytest.raises(
+        BadInput, match=r"alexnet-00000000.pth \(sha256 00000000...\) cannot be had .*invalid hash value"
+    ):
         wrong.fetch()
     assert not (tmp_path / "hub" / "checkpoints" / "alexnet-00000000.pth").exists()
     with pytest.raises(BadInput, match="ends in -SHA256.pth"):

@@ -74,11 +74,12 @@ def train(name: str, backend: str, save_dir: Path, *more: object, timeout: float
 
 
 def worst_difference(job: Job, other: Job, steps: int) -> float:
-    """Largest difference of values in the first rows, relative to the value, or to 1e-3 if that is more."""
+    """Largest difference in the first rows, relative to the largest value of its name, or to 1e-3 if that is more."""
     pairs = list(zip(job.rows()[:steps], other.rows()[:steps], strict=True))
     assert len(pairs) == steps
     assert all(a.keys() == b.keys() for a, b in pairs)
-    return max(abs(a[k] - b[k]) / max(1e-3, abs(b[k])) for a, b in pairs for k in a)
+    scale = {k: max(1e-3, *(abs(b[k]) for _, b in pairs)) for k in pairs[0][1]}
+    return max(abs(a[k] - b[k]) / scale[k] for a, b in pairs for k in a)
 
 
 def worst_tensor(job: Job, other: Job, step: int) -> float:

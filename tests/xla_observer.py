@@ -19,10 +19,13 @@ class XlaCounters(Observer):
         self.rows: list[tuple[int, int, int]] = []
 
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:
+        import torch_xla.core.xla_model as xm
         import torch_xla.debug.metrics as metrics
 
-        compiled, executed = ((metrics.metric_data(name) or (0,))[0] for name in ("CompileTime", "ExecuteTime"))
-        self.rows.append((run.clock.step, compiled, executed))
+        xm.wait_device_ops()  # a program is counted at its end
+        names = ("CompileTime", "ExecuteTime", "ExecuteReplicatedTime")  # the last is SPMD's
+        compiled, executed, split = ((metrics.metric_data(name) or (0,))[0] for name in names)
+        self.rows.append((run.clock.step, compiled, executed + split))
 
     def on_fit_end(self, run: RunView) -> None:
         import torch_xla.debug.metrics as metrics

@@ -1,4 +1,4 @@
-"""Operations that torch_xla 2.9 runs outside the step's program, compiles anew, or refuses, in a form that it does not."""
+"""Operations that torch_xla 2.9 runs outside the step's program, compiles anew or refuses, in forms it accepts."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def parser() -> Parser:
     own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
     own.add_argument("--sessions", type=int, default=4, help="most players at once")
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
-    own.add_argument("--backend", help="cpu, cuda, xla or hpu; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 

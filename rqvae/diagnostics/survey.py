@@ -79,10 +79,12 @@ def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
     finally:
         for handle in handles:
             handle.remove()
-    # read at the end: one wait for the device, where one a module would cut a lazy device's decode into as many graphs
-    for path, inputs_finite, finite, peak in facts:
-        seen.peaks[path] = max(seen.peaks.get(path, 0.0), float(peak))
-        if not bool(finite):
+    # read at the end and at once: each read of a lazy device is a graph of its own, with all that leads up to it
+    columns = [torch.stack([a.float(), b.float(), c]).to(seen.image.device) for _, a, b, c in facts]
+    values = torch.stack(columns).tolist() if columns else []
+    for (path, *_), (inputs_finite, finite, peak) in zip(facts, values, strict=True):
+        seen.peaks[path] = max(seen.peaks.get(path, 0.0), peak)
+        if not finite:
             seen.nonfinite[path] = seen.nonfinite.get(path, False) or bool(inputs_finite)
     return seen
 
@@ -94,10 +96,15 @@ def _floats(tree: Any) -> list[Tensor]:
 def _finite(tree: Any) -> Tensor:
     """Whether all floating-point values are finite, on the device."""
     found = [t.isfinite().all() for t in _floats(tree)]
-    return torch.stack(found).all() if found else torch.tensor(True)
+    return torch.stack(found).all() if found else _on_its_device(tree, True)
 
 
 def _peak(tree: Any) -> Tensor:
     """Largest |value|, on the device."""
     found = [t.abs().max().float() for t in _floats(tree)]
-    return torch.stack(found).max() if found else torch.tensor(0.0)
+    return torch.stack(found).max() if found else _on_its_device(tree, 0.0)
+
+
+def _on_its_device(tree: Any, value: float) -> Tensor:
+    tensors = tensors_of(tree)
+    return torch.tensor(value, device=tensors[0].device if tensors else None)

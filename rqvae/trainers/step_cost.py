@@ -81,9 +81,9 @@ def _stage2(run: Stage2Run) -> tuple[Work, ...]:
     stage1, stage2, spec = two_stage.stage1, two_stage.stage2, run.data.make("train")[0].spec
     draws = {**stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}
     batch = one_image(spec, draws, run, two_stage.latent_shape)
-    once = _flops(stage1, lambda: stage1.encode(batch))
     # frames of history are encoded every time: a cache has the images' own latents
-    encode = (0.0 if run.data.latents else once) + (spec.history * once if spec.context else 0.0)
+    encoded = (0 if run.data.latents else 1) + (spec.history if spec.context else 0)
+    encode = encoded * _flops(stage1, lambda: stage1.encode(batch)) if encoded else 0.0
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=float_type(run.train.precision)))
     return (Work(encode), Work(3 * _flops(stage2, lambda: stage2(encodings, batch))))
 
