@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rqvae.errors import BadInput
+from rqvae.files import file_sha256
 
 _HASHED = re.compile(r"-([0-9a-f]{8,64})\.pth$")
 
@@ -79,7 +79,7 @@ class WeightFile:
         if not path.is_file():
             digest = f" (sha256 {stated[1]}...)" if stated else ""
             raise BadInput(f"{self.key}: {path}: no such file; download {self.published}{digest} to it, {self.remedy}")
-        if stated and not (digest := sha256(path)).startswith(stated[1]):
+        if stated and not (digest := file_sha256(path)).startswith(stated[1]):
             raise BadInput(
                 f"{self.key}: {path}: expected sha256 {stated[1]}..., got {digest[:16]}...; "
                 f"download {self.published} again, {self.remedy}"
@@ -92,12 +92,3 @@ class WeightFile:
         if not isinstance(state, dict):
             raise BadInput(f"{self.key}: {path}: expected a state dict of tensors, got {type(state).__name__}")
         return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -244,6 +244,7 @@ def test_bad_input(
     assert len([line for line in lines if line.startswith("error:")]) == 1
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_if_nothing_had_been(small: list[str], tmp_path: Path) -> None:
     """kill -9 in the middle; the metrics are those of an undisturbed diagnosis but for times."""
     options = [*small, "--backend", backend("mid_block.resnets.0.norm1:scale"), "--filter", "leaf"]
@@ -268,6 +269,7 @@ def test_killed_and_resumed_it_ends_as_if_nothing_had_been(small: list[str], tmp
     assert without_times(metrics(tmp_path / "other")) == without_times(resumed)
 
 
+@pytest.mark.slow
 def test_a_crash_and_a_hang_are_rows(small: list[str], tmp_path: Path) -> None:
     faults = backend("mid_block.resnets.0.norm1:crash", "mid_block.resnets.0.conv1:hang")
     paths = "conv_in,mid_block.resnets.0.norm1,mid_block.resnets.0.conv1,conv_out"

@@ -29,10 +29,13 @@ NOT_RUN = {
     "make site": "tests/test_docs.py builds it in a folder of its own",
     "python -m rqvae play WORLD_RUN": "serves until Ctrl-C; tests/test_play.py plays",
     "make figures ISSUE=3": "measures for minutes on a machine that nobody else uses",
+    "make test-all": "takes an hour; make knows it",
+    "make test-torch27": "downloads 0.8 GB; make knows it",
 }
 # Appended so that an example takes seconds, by the words it begins with.
 SHORTER = {
     "python -m rqvae collect": "--frames 300",
+    "python -m rqvae make-reference": "--extractor random-vgg16",
     "python -m rqvae rollout": "--starts 2 --horizon 4 --seeds 0",
     "python -m rqvae train configs/maze_chase": "--train.steps 2 --data.workers 0 --pictures.every null",
     "./train": "--train.steps 2 --data.workers 0 --pictures.every null",

@@ -14,8 +14,9 @@ from torch.distributions import Normal, kl_divergence
 
 from rqvae.errors import BadInput
 from rqvae.models.interfaces import LabeledImageData, Stage1Encodings, Stage1Model
-from rqvae.models.stage1.kl_vae import KLVAE, diagonal_kl
+from rqvae.models.stage1.kl_vae import KLVAE
 from rqvae.models.stage1.pixel import PixelStage1
+from rqvae.models.stage1.posterior import diagonal_kl
 
 SMALL = {"width": 8, "multipliers": [1, 2, 2], "blocks": 1, "norm_groups": 4, "latent_channels": 3}
 

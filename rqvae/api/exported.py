@@ -24,6 +24,7 @@ from torch import nn
 
 from rqvae.configuration import build
 from rqvae.errors import BadInput
+from rqvae.files import file_sha256, read_json
 from rqvae.img_datasets.interfaces import DataSpec, LatentShape
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
 from rqvae.models.two_stage import TwoStage
@@ -114,7 +115,7 @@ def write(folder: Path, description: Description, stage1: Stage1Model, two_stage
         "latent_shape": None if two_stage is None else list(two_stage.latent_shape),
         **parts,
         "source": description.source,
-        "files": {path.relative_to(folder).as_posix(): checkpoint.file_sha256(path) for path in files},
+        "files": {path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
     }
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -168,7 +169,7 @@ def _verify(folder: Path, content: dict[str, Any]) -> None:
     for name, sha256 in content.get("files", {}).items():
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: expected the file that {CONFIG} lists, found none")
-        if checkpoint.file_sha256(folder / name) != sha256:
+        if file_sha256(folder / name) != sha256:
             raise BadInput(f"{folder / name}: expected sha256 {sha256[:12]}..., the file is damaged")
 
 
@@ -232,16 +233,3 @@ def _data_spec(values: Any, where: Path) -> DataSpec:
         return DataSpec(**fields)
     except (AttributeError, TypeError) as error:
         raise BadInput(f"{where}: data_spec: expected the fields of DataSpec, got {values}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; BadInput where the file is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: expected a JSON file, got: {error.strerror}") from error
-    except ValueError as error:
-        raise BadInput(f"{path}: expected a JSON object, got: {error}") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

@@ -13,6 +13,7 @@ from rqvae.api import exported, sources
 from rqvae.api.pipeline import Pipeline
 from rqvae.configuration import read
 from rqvae.errors import BadInput
+from rqvae.files import read_json
 from rqvae.run import Stage1Run
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import load_evaluated
@@ -69,7 +70,7 @@ def load(
 def is_diffusers_folder(folder: Path) -> bool:
     """Whether config.json is one of diffusers."""
     file = folder / exported.CONFIG
-    return file.is_file() and "_class_name" in exported.read_json(file)
+    return file.is_file() and "_class_name" in read_json(file)
 
 
 def _run_of(folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rqvae.commands.options import Parser
 from rqvae.errors import BadInput
+from rqvae.files import read_json
 
 if TYPE_CHECKING:
     from rqvae.api import Pipeline
@@ -67,7 +68,7 @@ def _load(source: str, ema: str | None, *, native: bool) -> Pipeline:
         return load(folder, weights=ema)
     if ema is not None:
         raise BadInput(f"--ema: expected none, as {folder} has one set of weights, got {ema}")
-    if not native or exported.read_json(folder / exported.CONFIG)["_class_name"] != "AutoencoderKL":
+    if not native or read_json(folder / exported.CONFIG)["_class_name"] != "AutoencoderKL":
         return load(folder)
     from rqvae.api.diffusers_folder import read_as_klvae
 

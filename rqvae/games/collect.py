@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rqvae.errors import BadInput
+from rqvae.files import write_whole
 from rqvae.games.maze_chase import MazeChase
 from rqvae.games.policies import POLICIES, Playable
 from rqvae.randomness import fold
@@ -144,7 +145,7 @@ def _write(out: Path, game: Game, parameters: dict[str, Any], recording: Iterato
         "licence": LICENCE,
         "shards": shards,
     }
-    write_atomically(out / META, (json.dumps(meta, indent=1) + "\n").encode())
+    write_whole(out / META, (json.dumps(meta, indent=1) + "\n").encode())
     return meta
 
 
@@ -225,7 +226,7 @@ def _write_shard(path: Path, rows: _Episodes) -> dict[str, Any]:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **rows.arrays())  # type: ignore[arg-type]
     content = buffer.getvalue()
-    write_atomically(path, content)
+    write_whole(path, content)
     return {
         "file": path.name,
         "frames": len(rows.frames),
@@ -233,16 +234,3 @@ def _write_shard(path: Path, rows: _Episodes) -> dict[str, Any]:
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Give `path` this content, or leave it as it was: a reader, or a kill, never meets half a file.
-
-    The temporary file is in the same folder, because `os.replace` is atomic only within a file system.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

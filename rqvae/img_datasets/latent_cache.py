@@ -9,9 +9,7 @@ nobody may assume: which Stage1, transform, image shape and data the latents are
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rqvae.errors import BadInput
+from rqvae.files import file_sha256
 from rqvae.img_datasets.interfaces import (
     ImageShape,
     LabeledImageData,
@@ -245,12 +244,6 @@ def select_variant(tensors: Mapping[str, Tensor], same_as_zs: list[str], choice_
 
 def _full(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() else x
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
 
 
 def is_whole(path: Path, note: Mapping[str, Any]) -> bool:

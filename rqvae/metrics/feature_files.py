@@ -18,9 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rqvae.errors import BadInput
+from rqvae.files import file_sha256
 from rqvae.metrics.images import load_npz, open_npz
 from rqvae.metrics.statistics import StreamingStatistics
-from rqvae.weight_files import sha256
 
 IDENTITY = ("extractor", "weights_sha256", "resize", "scaling")
 """Fields in which two results must agree to be compared."""
@@ -78,7 +78,7 @@ def read_features(path: Path) -> FeatureFile:
     """
     arrays = _arrays(path)
     protocol = _protocol(path, arrays)
-    digest = sha256(path)
+    digest = file_sha256(path)
     key = "act" if "act" in arrays else "feats"
     if key in arrays:
         features = arrays[key]

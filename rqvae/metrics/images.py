@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from rqvae.errors import BadInput
-from rqvae.weight_files import sha256
+from rqvae.files import file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 ARRAY, LABELS = "arr_0", "arr_1"
@@ -51,10 +51,10 @@ class ImageSource:
     def sha256(self) -> str:
         """Of the npz, or of the names and contents of all images of the folder."""
         if not self.files:
-            return sha256(self.path)
+            return file_sha256(self.path)
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.relative_to(self.path)} {sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(self.path)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def labels(self) -> np.ndarray | None:

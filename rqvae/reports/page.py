@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from rqvae.errors import BadInput
+from rqvae.files import write_whole
 
 Cell = str | int | float | bool | list | None
 
@@ -198,9 +198,7 @@ class Page:
     def write(self, path: Path) -> Path:
         """Write the page, whole or not at all; missing folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(self.render(), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, self.render())
         return path
 
 

@@ -27,7 +27,7 @@ from rqvae.models.connectors.statistics import ChannelStatistics
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun, DataSettings
 from rqvae.trainers.evaluation_trainer import load_stage1
-from rqvae.trainers.latent_shards import CacheRequest, Shard, ShardWriter, read_json
+from rqvae.trainers.latent_shards import CacheRequest, Shard, ShardWriter, read_note
 from rqvae.trainers.logging import setup_text_log
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.run_folder import RunLock, changed_keys, check_can_write, make_folder
@@ -123,6 +123,7 @@ class CachingJob:
             if not self._encode(todo, writer, session):
                 log.info("%s: stopped; the same command goes on", self.request.out)
                 return 128 + session.signal
+            self.backend.barrier()  # another rank's last shard may still be under way
             on_main(self.backend, lambda: self._finish(facts))
         return 0
 
@@ -163,7 +164,7 @@ class CachingJob:
         out, note = self.request.out, self.request.out / "request.json"
         make_folder(out, "OUT")
         lock.acquire()
-        held = read_json(note)
+        held = read_note(note)
         if held is None and any(
             not path.name.startswith((".lock", ".heartbeat")) for path in out.iterdir() if path != note
         ):
@@ -186,7 +187,7 @@ class CachingJob:
         out, todo = self.request.out, []
         mine = self._shards()[self.backend.rank :: self.backend.world_size]
         for shard in mine:
-            file, note = out / f"{shard.name}.safetensors", read_json(out / f"{shard.name}.json")
+            file, note = out / f"{shard.name}.safetensors", read_note(out / f"{shard.name}.json")
             if note is None or not is_whole(file, note):
                 todo.append(shard)
                 if file.exists():
@@ -226,7 +227,7 @@ class CachingJob:
 
     def _finish(self, facts: dict[str, Any]) -> None:
         """Put the notes together."""
-        notes = {shard: read_json(self.request.out / f"{shard.name}.json") for shard in self._shards()}
+        notes = {shard: read_note(self.request.out / f"{shard.name}.json") for shard in self._shards()}
         manifest = json.loads(json.dumps(facts))
         for split, entry in manifest["splits"].items():
             statistics = ChannelStatistics()

@@ -24,21 +24,13 @@ from torch import Tensor, nn
 from rqvae.backends import shard_files
 from rqvae.backends.sharded import split_like
 from rqvae.errors import BadInput, RunFailed
+from rqvae.files import file_sha256
 from rqvae.shards import is_sharded
 
 Tensors = Mapping[str, Tensor]
 Like = Callable[[str], "Tensor | None"]
 SHARDS = "shards"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tensors_sha256(tensors: Tensors) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from rqvae.diagnostics.compare import Status
 from rqvae.diagnostics.rows import FIGURES, TIMING, Row
 from rqvae.diagnostics.units import Unit, tree_json, tree_text
+from rqvae.files import replacing, write_whole
 from rqvae.metrics.grids import image_grid
 from rqvae.trainers.evaluation_trainer import as_pictures
 from rqvae.trainers.logging import wandb_mode
@@ -50,22 +50,21 @@ class DiagnosticFiles:
     def write_submodules(self, units: Sequence[Unit]) -> Path:
         """submodules/submodule_list.txt and .json; returns the first."""
         text = self.folder / "submodules" / "submodule_list.txt"
-        _write(text, tree_text(units))
-        _write(text.with_suffix(".json"), json.dumps(tree_json(units), indent=1))
+        write_whole(text, tree_text(units))
+        write_whole(text.with_suffix(".json"), json.dumps(tree_json(units), indent=1))
         return text
 
     def write_bad_paths(self, paths: Sequence[str]) -> None:
         """bad_paths.txt, one path a line."""
         head = "# submodules that a compiler breaks; read by --mode compile_except\n"
-        _write(self.bad_paths, head + "".join(f"{path}\n" for path in paths))
+        write_whole(self.bad_paths, head + "".join(f"{path}\n" for path in paths))
 
     def write_metrics(self, rows: Sequence[Row], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """metrics/metrics.json and the table of it, metrics/metrics.csv."""
         whole = {"results": list(rows), "summary": summary, "config": config}
-        _write(self.folder / "metrics" / "metrics.json", json.dumps(whole, indent=1, allow_nan=False))
+        write_whole(self.folder / "metrics" / "metrics.json", json.dumps(whole, indent=1, allow_nan=False))
         target = self.folder / "metrics" / "metrics.csv"
-        temporary = target.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow([*COLUMNS, *(f"image_{name}" for name in _IMAGE), *TIMING, "error"])
             for row in rows:
@@ -80,7 +79,6 @@ class DiagnosticFiles:
                         error.get("message"),
                     ]
                 )
-        os.replace(temporary, target)
 
     def picture(self, name: str, images: Tensor) -> str:
         """Write (B, 3, H, W) in [0, 1] side by side as images/NAME.png; returns the path within the folder."""
@@ -171,9 +169,3 @@ class Mirrors:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self.errors.append(text)
             log.warning("mirror: %s", text)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from rqvae.backends import Backend
 from rqvae.diffusion.guidance import Interval
 from rqvae.diffusion.sampling import Sampler
 from rqvae.errors import BadInput
+from rqvae.files import read_json, replacing, write_json
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
 from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
@@ -156,7 +156,7 @@ def generate(
         condition = condition_of(spec, chosen)
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
-        _write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"), f"rank{backend.rank}")
+        write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"))
         _write(part, as_pictures(two_stage.decode(output)))
     backend.barrier()
     return on_main(backend, lambda: _finish(request, labels, facts))
@@ -170,18 +170,18 @@ def _batches(request: SampleRequest, backend: Backend) -> Iterator[tuple[int, in
 
 def _claim(request: SampleRequest, facts: dict[str, Any]) -> dict[str, Any] | None:
     """Make the folder of parts; refuse one of another sampling. What was written, where all is done already."""
-    held = _read_json(request.parts / "facts.json")
-    if held is not None:
-        _check_same(held, facts, f"{request.parts}: holds parts")
+    note = request.parts / "facts.json"
+    if note.exists():
+        _check_same(read_json(note, "remove it"), facts, f"{request.parts}: holds parts")
         return None
-    done = _read_json(request.note)
-    if done is not None and request.out.exists():
+    if request.note.exists() and request.out.exists():
+        done = read_json(request.note, "remove it")
         _check_same(done, facts, f"--out {request.out}: holds images")
         return done
     if request.out.is_file() or (request.out.is_dir() and any(request.out.iterdir())):
         raise BadInput(f"--out {request.out}: expected a new file or an empty folder, got one with other content")
     make_folder(request.parts, "--out")
-    _write_json(request.parts / "facts.json", facts, "new")
+    write_json(note, facts)
     return None
 
 
@@ -192,27 +192,9 @@ def _check_same(held: dict[str, Any], facts: dict[str, Any], where: str) -> None
             raise BadInput(f"{where} made with {key} {held.get(key)}, not {value}; remove it or choose another place")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: expected how images were made, as JSON, got {error}; remove it") from error
-
-
-def _write_json(path: Path, value: Any, mark: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(f".{mark}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
 def _write(part: Path, images: np.ndarray) -> None:
-    temporary = part.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, images)
-    os.replace(temporary, part)
+    with replacing(part) as temporary:
+        np.save(temporary, images)
 
 
 def _images(request: SampleRequest) -> Iterator[tuple[int, np.ndarray]]:
@@ -233,7 +215,7 @@ def _finish(request: SampleRequest, labels: Tensor | None, facts: dict[str, Any]
         for first, images in _images(request):
             for i, image in enumerate(images):
                 Image.fromarray(image).save(request.out / f"{first + i:06d}.png")
-    _write_json(request.note, facts, "new")
+    write_json(request.note, facts)
     shutil.rmtree(request.parts)
     return facts
 
@@ -244,9 +226,8 @@ def _write_npz(request: SampleRequest, labels: Tensor | None, shape: tuple[int, 
     for first, images in _images(request):
         whole[first : first + len(images)] = images
     arrays = {"arr_0": whole} | ({} if labels is None else {"arr_1": labels.numpy()})
-    temporary = request.out.with_name(f".{request.out.name}.tmp.npz")
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, request.out)
+    with replacing(request.out) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def describe_source(run: Path) -> dict[str, Any]:

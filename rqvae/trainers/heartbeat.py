@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from rqvae.errors import BadInput
+from rqvae.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,7 @@ class Heartbeat:
         return BadInput(f"{self.path.parent}: another run is training in this folder (it holds {self.path}; {why})")
 
     def _write(self) -> None:
-        temporary = self.path.with_name(f".heartbeat.{uuid.uuid4().hex}")
-        temporary.write_text(self._name)
-        os.replace(temporary, self.path)
+        write_whole(self.path, self._name)
 
     def _mine(self) -> bool:
         try:

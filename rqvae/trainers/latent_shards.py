@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rqvae.errors import BadInput, RunFailed
+from rqvae.files import file_sha256
 from rqvae.img_datasets.interfaces import LabeledImageData, Split
-from rqvae.img_datasets.latent_cache import file_sha256, named_tensors, select_variant
+from rqvae.img_datasets.latent_cache import named_tensors, select_variant
 from rqvae.models.connectors.statistics import ChannelStatistics
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun, Stage1Run
@@ -69,7 +70,7 @@ class Shard:
         return f"{self.split}-{self.number:05d}"
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_note(path: Path) -> dict[str, Any] | None:
     """The file's content; None where it is missing or was cut short."""
     try:
         return json.loads(path.read_text())

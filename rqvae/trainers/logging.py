@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rqvae.files import write_whole
 from rqvae.trainers.settings import LogSettings
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,7 @@ def trim_metrics(path: Path, step: int) -> None:
             continue
         if line.endswith("\n") and row["step"] <= step:
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
 
 
 def wandb_mode(settings: LogSettings) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
+from rqvae.files import replacing
 from rqvae.metrics.grids import image_grid
 from rqvae.metrics.protocol import protocol
 from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, ReconstructionScores
@@ -115,9 +115,8 @@ def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path
     recon = reconstruct(stage1, original)
     for file, picture, counts in zip(files, as_pictures(recon), valid.tolist(), strict=True):
         if counts:
-            temporary = file.with_suffix(".tmp")
-            Image.fromarray(picture.transpose(1, 2, 0)).save(temporary, format="png")
-            os.replace(temporary, file)
+            with replacing(file) as temporary:
+                Image.fromarray(picture.transpose(1, 2, 0)).save(temporary)
     return recon
 
 

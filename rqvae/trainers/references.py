@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
+from rqvae.files import replacing
 from rqvae.img_datasets.interfaces import Split
 from rqvae.metrics.evaluation import FeatureSums
 from rqvae.metrics.extractors import Extractor, Features, make_extractor
@@ -134,12 +134,11 @@ def write_reference(path: Path, sums: FeatureSums, facts: Mapping[str, Any], kep
     """
     features = None if kept == "statistics" else sums.features("pooled")
     spatial = None if sums.spatial is None else moments(sums.spatial)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    if features is None:
-        write_statistics(temporary, moments(sums.pooled), sums.n, facts, spatial)
-    else:
-        write_features(temporary, features, facts, spatial)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        if features is None:
+            write_statistics(temporary, moments(sums.pooled), sums.n, facts, spatial)
+        else:
+            write_features(temporary, features, facts, spatial)
     return "statistics" if features is None else "features"
 
 

@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from rqvae.errors import BadInput
+from rqvae.files import write_json
 from rqvae.trainers.heartbeat import Heartbeat
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -159,9 +160,7 @@ def note_wandb_id(folder: Path, wandb_id: str | None) -> None:
     """Keep the W&B id, under which the same command goes on."""
     path = folder / "environment.json"
     environment = {**json.loads(path.read_text()), "wandb_id": wandb_id}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(environment, indent=1))
-    os.replace(temporary, path)
+    write_json(path, environment)
 
 
 def describe_environment(**more: Any) -> dict[str, Any]:

@@ -6,12 +6,9 @@ what the model's own pipelines normalise them, and the `ScaleShift` connector do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
@@ -27,8 +24,7 @@ from rqvae.models.interfaces import (
 )
 from rqvae.models.losses.recon import ReconKind, recon_loss
 from rqvae.models.stage1.diffusers_source import CONFIG, find_folder, latent_scale, load_model
-from rqvae.models.stage1.kl_vae import diagonal_kl
-from rqvae.randomness import Draw, normal
+from rqvae.models.stage1.posterior import GaussianPosterior
 
 
 class DiffusersStage1(Stage1Model):
@@ -109,7 +105,7 @@ class DiffusersStage1(Stage1Model):
         return 2 * images_bchw - 1
 
 
-class AutoencoderKLStage1(DiffusersStage1):
+class AutoencoderKLStage1(GaussianPosterior, DiffusersStage1):
     """`AutoencoderKL` of diffusers: the autoencoders of Stable Diffusion 1 to 3 and Flux.
 
     Its factor is 2^(len(block_out_channels) - 1). The weights are loaded here, so no checkpoint of a Stage1 run is
@@ -143,44 +139,12 @@ class AutoencoderKLStage1(DiffusersStage1):
         self.kl_weight, self.sample_posterior = kl_weight, sample_posterior
 
     def encode(self, inputs: LabeledImageData) -> Stage1Encodings:
-        """Encode (B, 3, H, W) in [0, 1].
-
-        zs (B, C, H/f, W/f) is `mu + exp(logvar / 2) * inputs.draws["posterior"]` where that draw is present and
-        `sample_posterior` is set, and `mu` otherwise. `additional_attr` has `mu` and `logvar` in [-30, 20].
+        """Encode (B, 3, H, W) in [0, 1] to the posterior's zs, `mu` and `logvar` (B, C, H/f, W/f), see `posterior`.
 
         Raises:
             BadInput: a side that the factor does not divide.
         """
-        moments_bchw = self.vae.encode(self._pixels(inputs)).latent_dist.parameters
-        # fp32 under bf16 autocast: the KL subtracts numbers near 1 from each other.
-        moments_bchw = moments_bchw.to(torch.promote_types(moments_bchw.dtype, torch.float32))
-        mu_bchw, logvar_bchw = moments_bchw.chunk(2, dim=1)
-        logvar_bchw = logvar_bchw.clamp(-30, 20)
-        return self.with_draws(Stage1Encodings(mu_bchw, {"mu": mu_bchw, "logvar": logvar_bchw}), inputs.draws)
-
-    def with_draws(self, encodings: Stage1Encodings, draws: Mapping[str, Tensor] | None) -> Stage1Encodings:
-        """The same posterior with zs sampled from it, see `encode`; a latent without moments stays as it is."""
-        posterior_bchw, moments = (draws or {}).get("posterior"), encodings.additional_attr or {}
-        if not self.sample_posterior or posterior_bchw is None or "logvar" not in moments:
-            return encodings
-        return replace(encodings, zs=moments["mu"] + (moments["logvar"] / 2).exp() * posterior_bchw)
-
-    def compute_loss(self, output: Stage1ModelOutput, inputs: LabeledImageData) -> Stage1Losses:
-        """`loss_recon` in image units and `loss_latent = kl_weight * KL`.
-
-        Raises:
-            ValueError: an output without `mu` and `logvar`, that is, one that is not from `forward`.
-        """
-        if output.additional_attr is None:
-            raise ValueError("Stage1ModelOutput.additional_attr: expected mu and logvar from forward, got None")
-        kl = diagonal_kl(output.additional_attr["mu"], output.additional_attr["logvar"])
-        return Stage1Losses(
-            loss_recon=recon_loss(self.recon, output.xs_recon, inputs.require_img()), loss_latent=self.kl_weight * kl
-        )
-
-    def draws(self, image_shape: ImageShape) -> dict[str, Draw]:
-        """`posterior`: standard normal numbers of the latent's shape, where the posterior is sampled."""
-        return {"posterior": Draw(self.latent_shape(image_shape), normal)} if self.sample_posterior else {}
+        return self.posterior(self.vae.encode(self._pixels(inputs)).latent_dist.parameters, inputs.draws)
 
 
 class AutoencoderDCStage1(DiffusersStage1):

@@ -6,38 +6,16 @@ The networks are, layer for layer, those of `AutoencoderKL` in huggingface/diffu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F  # noqa: N812  (the name of torch's own documentation)
 from torch import Tensor, nn
 
 from rqvae.errors import BadInput
-from rqvae.models.interfaces import (
-    ImageShape,
-    LabeledImageData,
-    LatentShape,
-    Stage1Encodings,
-    Stage1Losses,
-    Stage1Model,
-    Stage1ModelOutput,
-)
+from rqvae.models.interfaces import ImageShape, LabeledImageData, LatentShape, Stage1Encodings, Stage1ModelOutput
 from rqvae.models.layers.conv import Downsample, ResBlock, SpatialAttention, Upsample, bottleneck, group_norm
-from rqvae.models.losses.recon import ReconKind, recon_loss
-from rqvae.randomness import Draw, normal
-
-
-def diagonal_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, exp(logvar)) || N(0, 1)) in nats: sum over the latent's dimensions, mean over the batch.
-
-    Kingma & Welling 2014, appendix B: -1/2 sum(1 + logvar - mu^2 - exp(logvar)).
-
-    Args:
-        mu: (B, C, h, w).
-        logvar: (B, C, h, w).
-    """
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
+from rqvae.models.losses.recon import ReconKind
+from rqvae.models.stage1.posterior import GaussianPosterior
 
 
 class Encoder(nn.Module):
@@ -103,7 +81,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h_bchw)))
 
 
-class KLVAE(Stage1Model):
+class KLVAE(GaussianPosterior):
     """Convolutional autoencoder whose latent is a normal distribution per element, held near N(0, 1) by a KL term.
 
     The factor is f = 2^(len(multipliers) - 1): three multipliers are f4, four f8, five f16.
@@ -161,10 +139,7 @@ class KLVAE(Stage1Model):
         return Stage1ModelOutput(xs_recon=output.xs_recon, additional_attr=encodings.additional_attr)
 
     def encode(self, inputs: LabeledImageData) -> Stage1Encodings:
-        """Encode (B, 3, H, W) in [0, 1].
-
-        zs (B, C, H/f, W/f) is `mu + exp(logvar / 2) * inputs.draws["posterior"]` where that draw is present and
-        `sample_posterior` is set, and `mu` otherwise. `additional_attr` has `mu` and `logvar` in [-30, 20].
+        """Encode (B, 3, H, W) in [0, 1] to the posterior's zs, `mu` and `logvar` (B, C, H/f, W/f), see `posterior`.
 
         Raises:
             BadInput: a side that the factor does not divide.
@@ -172,36 +147,11 @@ class KLVAE(Stage1Model):
         images_bchw = inputs.require_img()
         _, channels, height, width = images_bchw.shape
         self.latent_shape((channels, height, width))
-        moments_bchw = self.quant_conv(self.encoder(2 * images_bchw - 1))
-        # fp32 under bf16 autocast: the KL subtracts numbers near 1 from each other.
-        moments_bchw = moments_bchw.to(torch.promote_types(moments_bchw.dtype, torch.float32))
-        mu_bchw, logvar_bchw = moments_bchw.chunk(2, dim=1)
-        logvar_bchw = logvar_bchw.clamp(-30, 20)
-        return self.with_draws(Stage1Encodings(mu_bchw, {"mu": mu_bchw, "logvar": logvar_bchw}), inputs.draws)
-
-    def with_draws(self, encodings: Stage1Encodings, draws: Mapping[str, Tensor] | None) -> Stage1Encodings:
-        """The same posterior with zs sampled from it, see `encode`; a latent without moments stays as it is."""
-        posterior_bchw, moments = (draws or {}).get("posterior"), encodings.additional_attr or {}
-        if not self.sample_posterior or posterior_bchw is None or "logvar" not in moments:
-            return encodings
-        return replace(encodings, zs=moments["mu"] + (moments["logvar"] / 2).exp() * posterior_bchw)
+        return self.posterior(self.quant_conv(self.encoder(2 * images_bchw - 1)), inputs.draws)
 
     def decode(self, encodings: Stage1Encodings) -> Stage1ModelOutput:
         """Decode zs (B, C, h, w) to xs_recon (B, 3, h f, w f) in image units, not clamped."""
         return Stage1ModelOutput(xs_recon=(self.decoder(self.post_quant_conv(encodings.zs)) + 1) / 2)
-
-    def compute_loss(self, output: Stage1ModelOutput, inputs: LabeledImageData) -> Stage1Losses:
-        """`loss_recon` in image units and `loss_latent = kl_weight * KL`; see the class's arguments for the reductions.
-
-        Raises:
-            ValueError: an output without `mu` and `logvar`, that is, one that is not from `forward`.
-        """
-        if output.additional_attr is None:
-            raise ValueError("Stage1ModelOutput.additional_attr: expected mu and logvar from KLVAE.forward, got None")
-        kl = diagonal_kl(output.additional_attr["mu"], output.additional_attr["logvar"])
-        return Stage1Losses(
-            loss_recon=recon_loss(self.recon, output.xs_recon, inputs.require_img()), loss_latent=self.kl_weight * kl
-        )
 
     def latent_shape(self, image_shape: ImageShape) -> LatentShape:
         """(C, H/f, W/f) of an image (3, H, W).
@@ -217,10 +167,6 @@ class KLVAE(Stage1Model):
     def get_last_layer(self) -> nn.Parameter:
         """The weight (3, width, 3, 3) of the decoder's last convolution."""
         return self.decoder.get_parameter("conv_out.weight")
-
-    def draws(self, image_shape: ImageShape) -> dict[str, Draw]:
-        """`posterior`: standard normal numbers of the latent's shape, where the posterior is sampled."""
-        return {"posterior": Draw(self.latent_shape(image_shape), normal)} if self.sample_posterior else {}
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The residual blocks and the attentions of encoder and decoder."""

@@ -1,0 +1,41 @@
+"""Files are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from rqvae.errors import BadInput
+from rqvae.files import file_sha256, read_json, replacing, write_json, write_whole
+
+
+def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    write_json(path, {"psnr": 1.0})
+    with pytest.raises(FileNotFoundError), replacing(path) as temporary:
+        Path(f"{temporary.write_text('half')}/no/folder").read_text()
+    assert read_json(path) == {"psnr": 1.0}
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
+    write_whole(path, b"{}")
+    assert read_json(path) == {}
+
+
+def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    write_whole(tmp_path / "a", content)
+    assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [(None, "No such file"), ("{", "Expecting property name"), ("[1]", "got list"), (b"\xff", "codec can't decode")],
+)
+def test_what_is_no_json_object_is_told(content: str | bytes | None, got: str, tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    if content is not None:
+        write_whole(path, content)
+    with pytest.raises(BadInput, match=f"^{re.escape(str(path))}: expected a JSON .*{got}.*; remove it$"):
+        read_json(path, "remove it")
