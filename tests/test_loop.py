@@ -40,6 +40,24 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoReads(NoHostSync):
+    """Also raises on the methods of a tensor that bring it to the host, whatever device it is on."""
+
+    def __enter__(self) -> Any:
+        self.patch = pytest.MonkeyPatch()
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("host synchronisation")
+
+        for method in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+            self.patch.setattr(torch.Tensor, method, refuse)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self.patch.undo()
+        return super().__exit__(*error)
+
+
 def assembled(config: str, *overrides: str) -> tuple[AnyRun, Parts, Trainer, list[list[LabeledImageData]]]:
     """A trainer without a folder, and the micro-batches of two steps."""
     run = read([config], overrides).instantiate()
@@ -62,15 +80,9 @@ def assembled(config: str, *overrides: str) -> tuple[AnyRun, Parts, Trainer, lis
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage1_gan", "stage2"])
-def test_no_host_sync_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_host_sync_in_a_step(name: str) -> None:
     _, _, trainer, steps = assembled(f"configs/debug/{name}.yaml")
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("host synchronisation")
-
-    for method in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"):
-        monkeypatch.setattr(torch.Tensor, method, refuse)
-    with NoHostSync():
+    with NoReads():
         for micros in steps:
             trainer.optimise(micros)
             for ema in trainer.ema:
@@ -79,8 +91,10 @@ def test_no_host_sync_in_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_sync_detector_can_fail() -> None:
-    with NoHostSync(), pytest.raises(AssertionError, match="host synchronisation"):
+    with NoHostSync(), pytest.raises(AssertionError, match="host synchronisation: aten::_local_scalar_dense"):
         torch.ones(3).sum().item()
+    with NoReads(), pytest.raises(AssertionError, match="host synchronisation"):
+        torch.ones(3).cpu()
 
 
 def test_generator_step_leaves_no_gradient_in_the_discriminator() -> None:
