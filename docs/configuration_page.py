@@ -126,6 +126,8 @@ def _can_be_named(cls: type, base: type) -> bool:
     derived = bool(cls.__subclasses__())
     if cls.__name__.startswith("_") or inspect.isabstract(cls) or (cls is base and cls not in USABLE_BASES):
         return False
+    if issubclass(cls, Stage1Model) and cls.encode is Stage1Model.encode:  # a part of models
+        return False
     required = [
         p
         for name, p in inspect.signature(cls).parameters.items()

@@ -59,8 +59,22 @@ is larger: single steps of a diffusion differ by ten times from the timestep alo
 lowest one that was *held* over a fifth of the run; the lowest single block would be biased by noise, and every long
 run would seem to rise. Losses of a GAN need not fall and are judged by their own two checks.
 
+## While a run trains
+
+```yaml
+observers: [{{class_path: rqvae.callbacks.health.Health, init_args: {{every: 500 steps}}}}]            # warns
+interventions: [{{class_path: rqvae.callbacks.health.HealthGuard, init_args: {{stop: critical}}}}]     # acts
+train: {{skip_nonfinite: 2, skip_spikes: 10}}  # leaves out a step as it happens
+```
+
+The observer examines the run's own log in a process of its own and writes what is new as warnings to `log.txt`, and
+every look to `health.jsonl`. It adds the loss by diffusion time and by class to the rows, from sums that stay on the
+device between rows. The guard also has all ranks write a checkpoint (`checkpoint: major`) or end with exit code 3
+(`stop: critical`), in the same step. `python -m rqvae health replay RUN_DIR` repeats every look from the files: the
+same findings, or exit code 1.
+
 How often this cries wolf and what it misses is measured: `python -m benchmarks.health_detection --logs FOLDER` and
-`python -m benchmarks.health_faults`; figures under `benchmarks/results/`.
+`python -m benchmarks.health_faults`; what the observer costs a step: `python -m benchmarks.health_live`. Figures under `benchmarks/results/`.
 """
 
 

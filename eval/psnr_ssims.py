@@ -1,21 +1,21 @@
 """`python -m eval.psnr_ssims ORIGINALS RECONSTRUCTIONS`: PSNR, SSIM, MS-SSIM and LPIPS of pairs of 8-bit images.
 
-Each side is a folder of images or an npz with arr_0, uint8 (N, H, W, 3). A folder that `recon` wrote counts as its
-`images/`; alone, it must also have `originals/`. Files are paired by name, never by their order. Images are 8 bits as
-they are stored: decoders' floats must have been clamped and rounded to the nearest level, since truncation limits PSNR
-to 52.9 dB. Exit codes: 0 done, 2 bad input.
+Each side is a folder of images or an npz with arr_0, uint8 (N, H, W, 3). A folder that `python -m rqvae recon` wrote is
+both sides, `originals/` and `images/` in it; as RECONSTRUCTIONS it counts as its `images/`. Files are paired by name,
+never by their order. Images are 8 bits as they are stored: decoders' floats must have been clamped and rounded to the
+nearest level, since truncation limits PSNR to 52.9 dB. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +27,8 @@ from rqvae.errors import BadInput
 from rqvae.metrics import ms_ssim
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.perceptual import LPIPSScore
-from rqvae.metrics.protocol import protocol
+from rqvae.metrics.programs import Parser, at_least_one, exit_code, prepare_files, write_result
+from rqvae.metrics.protocol import cautions_of_pairs, protocol, stated_generation
 from rqvae.metrics.reconstruction import CONVENTIONS, psnr, ssim
 
 Part = list[Path] | np.ndarray
@@ -37,17 +38,17 @@ POOLED = "psnr_pooled_rgb_u8"
 MSE = "mse"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="python -m eval.psnr_ssims", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
         "originals", type=Path, metavar="ORIGINALS", help="folder, npz, or a recon folder with originals/"
     )
     made.add_argument("recon", type=Path, metavar="RECONSTRUCTIONS", nargs="?", help="folder or npz")
-    made.add_argument("--processes", type=int, default=1)
-    made.add_argument("--batch-size", type=int, default=8, help="images that a process takes at a time")
+    made.add_argument("--processes", type=at_least_one, default=1)
+    made.add_argument("--batch-size", type=at_least_one, default=8, help="images that a process takes at a time")
     made.add_argument("--ms-ssim", action="store_true", help=f"sides of at least {ms_ssim.LEAST_SIDE} pixels")
     made.add_argument("--lpips", choices=("alex", "vgg"), help="needs the trunk's weights")
     made.add_argument("--trunk-weights", help="file or URL (default: torchvision's URL)")
@@ -58,8 +59,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     """Run the program; what it finds goes to stdout."""
     options = parser().parse_args(arguments)
-    if options.processes < 1 or options.batch_size < 1:
-        raise BadInput(f"expected --processes and --batch-size >= 1, got {options.processes}, {options.batch_size}")
+    prepare_files(json=options.json)
     pairs = _Pairs(*_sides(options.originals, options.recon), options.batch_size)
     lpips = LPIPSScore(net=options.lpips, trunk_weights=options.trunk_weights) if options.lpips else None
     if lpips is not None:
@@ -71,16 +71,25 @@ def run(arguments: Sequence[str]) -> int:
             for key, values in scores.items():
                 per_image.setdefault(key, []).extend(values)
             bar.update(len(scores[PSNR]))
+    warnings = cautions_of_pairs(len(pairs), pairs.recon.format)
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")
     means = {key: float(np.mean(values)) for key, values in per_image.items() if key != MSE}
     means[POOLED] = float(-10 * np.log10(max(float(np.mean(per_image[MSE])), 1e-10)))
     sys.stdout.write("".join(f"{key}: {value:.6f}\n" for key, value in means.items()) + f"n: {len(pairs)}\n")
     if options.json:
         named = {name: {k: v[i] for k, v in per_image.items()} for i, name in enumerate(pairs.names)}
-        fields = protocol({"path": str(options.originals)}, len(pairs), {}, {"uint8_rule": "as stored"})
-        result = {**means, "n": len(pairs), "protocol": fields, "images": named}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = {**means, "n": len(pairs), "protocol": _protocol(pairs), "warnings": warnings, "images": named}
+        write_result(options.json, result)
     return 0
+
+
+def _protocol(pairs: _Pairs) -> dict[str, Any]:
+    """What made the reconstructions says how it rounded; nobody else knows more than that they have 8 bits."""
+    originals, recon = pairs.originals, pairs.recon
+    reference = {"path": str(originals.path), "sha256": originals.sha256(), "n": len(pairs)}
+    made = {"uint8_rule": "as stored, 8 bits", **stated_generation(recon.path), "image_format": recon.format}
+    return {**protocol(reference, len(pairs), {}, made), "sample_sha256": recon.sha256()}
 
 
 class _Pairs:
@@ -193,11 +202,7 @@ def _sides(originals: Path, recon: Path | None) -> tuple[ImageSource, ImageSourc
 
 def main(arguments: Sequence[str]) -> int:
     """`run`, with bad input as one line and exit code 2."""
-    try:
-        return run(arguments)
-    except BadInput as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+    return exit_code(run, arguments)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rqvae.contracts import check_factories
 from rqvae.errors import BadInput
 from rqvae.randomness import seeded
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
+from rqvae.spellings import spelled_out
 
 T = TypeVar("T")
 INFERENCE_SECTIONS = ("data", "stage1", "stage1_checkpoint", "connector", "stage2")
@@ -109,6 +110,7 @@ def read(files: Sequence[str | Path], overrides: Sequence[str] = (), *, inferenc
     texts = {str(file): _load(str(file)) for file in files}
     if inference:
         texts = {f: {k: v for k, v in text.items() if k in INFERENCE_SECTIONS} for f, text in texts.items()}
+    texts, overrides = spelled_out(texts, overrides)
     schema = Stage2Run if any("stage2" in text for text in texts.values()) else Stage1Run
     try:
         for file, text in texts.items():

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path`, with its suffix, for new content; takes its place where the block ends without error.
 
     A reader, or a kill, never meets half a file. The folder is the same because `os.replace` is atomic only within a
-    file system, and the name holds the process because several may write what is the same for all.
+    file system; the name is new each time because several hosts, processes or threads may write the same file.
     """
-    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}-{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:

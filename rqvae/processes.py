@@ -22,18 +22,23 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def leave_with_parent(grace: float = 5.0) -> None:
+def leave_with_parent(grace: float = 5.0, *, save_first: bool = True) -> None:
     """When this process's parent dies: SIGTERM to itself, so that it can save, and the end `grace` seconds later.
 
     torchrun gives its workers sessions of their own, so a launcher that is killed does not take them along.
+
+    Args:
+        grace: seconds.
+        save_first: False for the end at once.
     """
     parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(grace)
+        if save_first:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(grace)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from rqvae.callbacks.channels.settings import InterventionSettings, TrackingSettings
 from rqvae.callbacks.interfaces import Intervention, Observer
 from rqvae.durations import Duration, DurationText
 from rqvae.errors import BadInput
@@ -150,6 +151,8 @@ class Stage1Run:
         online_eval: scores of reconstructions of the validation split while training.
         profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
             operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
+        tracking: statistics and states of the autoencoder's channels.
+        intervention: what is done to channels that die.
         observers: more observers, by class_path.
         interventions: by class_path.
     """
@@ -167,6 +170,8 @@ class Stage1Run:
     pictures: PictureSettings = field(default_factory=PictureSettings)
     online_eval: OnlineEvalSettings = field(default_factory=OnlineEvalSettings)
     profile: str | None = None
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    intervention: InterventionSettings = field(default_factory=InterventionSettings)
     observers: list[Observer] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)
 

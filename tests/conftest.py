@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,6 +50,18 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, s
     """Wait for it; exit code and what it wrote to stderr."""
     _, errors = process.communicate(timeout=timeout)
     return process.returncode, errors
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free now, and that no connection is given meanwhile: below those that the system hands out."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 2_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
 
 
 def only(parent: Path, pattern: str = "*") -> Path:

@@ -40,7 +40,7 @@ class Projections(Extractor):
         flat = images_bchw_u8.flatten(1).double() / 255
         generator = torch.Generator().manual_seed(self.seed)
         matrix = torch.randn(flat.shape[1], self.dim, generator=generator, dtype=torch.float64)
-        return Features((flat @ matrix).float())
+        return Features((flat @ matrix.to(flat.device)).float())
 
     def identity(self) -> dict[str, str]:
         return {"extractor": f"projections-{self.seed}", "weights_sha256": "", "resize": "none", "scaling": "unit"}

@@ -6,9 +6,13 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from rqvae.backends.sharded import whole
+from rqvae.callbacks.health import HealthGuard
 from rqvae.callbacks.interfaces import Observer, RunView, UpdateView
 from rqvae.shards import own_part
 
@@ -65,3 +69,15 @@ class RankState(Observer):
         self.folder.mkdir(exist_ok=True)
         found = {"whole": digests, "blocks": blocks, "total": total}
         (self.folder / f"rank_{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+
+class GuardThatFinds(HealthGuard):
+    """Asks for a checkpoint after step `at`, as after a finding; it takes no looks."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(every="1000 steps", checkpoint="major")
+        self.at = at
+
+    def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+        if run.is_main and run.clock.step == self.at:
+            self.found(run, {"severity": "major", "id": "LOSS.X", "message": "it rises"})

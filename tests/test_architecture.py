@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rqvae"
 LEAVES = {"contracts", "errors", "files", "randomness", "processes", "durations", "weight_files"}
-LEAVES |= {"lpips_network", "shards"}
+LEAVES |= {"lpips_network", "remote", "shards"}
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": set(),
     "backends": set(),
@@ -19,9 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "games": set(),
     "img_datasets": set(),
     "models": {"img_datasets.interfaces", "diffusion"},
-    "callbacks": {"models", "backends", "img_datasets", "metrics", "diffusion"},
+    "callbacks": {"models", "backends", "img_datasets", "metrics", "diffusion", "health"},
     "diagnostics": {"models", "backends"},
-    "run": {"callbacks.interfaces", "img_datasets", "models", "trainers.settings", "trainers.updates"},
+    "run": {"callbacks.channels.settings", "callbacks.interfaces", "img_datasets", "models", "trainers.settings", "trainers.updates"},
     "trainers": {"callbacks", "models", "backends", "img_datasets", "metrics", "diffusion", "games", "run"}
     | {"diagnostics"},
     "play": {"games", "metrics", "models", "trainers"},

@@ -1,4 +1,4 @@
-"""Fréchet distance against pytorch-fid, torch-fidelity, closed forms and the nuclear norm of the samples."""
+"""Fréchet distance against pytorch-fid, torch-fidelity, clean-fid, closed forms and the nuclear norm of the samples."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from cleanfid import fid as clean_fid
+from pytorch_fid import fid_score as pytorch_fid
+from torch_fidelity import metric_fid as torch_fidelity
 
 from rqvae.errors import BadInput
-from rqvae.metrics.frechet import frechet, frechet_distance, frechet_distance_features, frechet_features
+from rqvae.metrics.frechet import (
+    frechet,
+    frechet_distance,
+    frechet_distance_features,
+    frechet_features,
+    frechet_samples,
+)
 from rqvae.metrics.statistics import StreamingStatistics
 
 DIM = 48
@@ -38,18 +47,32 @@ def nuclear(x: np.ndarray, y: np.ndarray) -> float:
     return float(((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * trace)
 
 
-def test_equals_the_code_of_pytorch_fid_and_torch_fidelity() -> None:
+def peers(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """The distance of two sets of features by each peer's own function; SciPy < 1.18."""
+    (mu1, s1), (mu2, s2) = moments(x), moments(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return {
+            "pytorch-fid": float(pytorch_fid.calculate_frechet_distance(mu1, s1, mu2, s2)),
+            "clean-fid": float(clean_fid.frechet_distance(mu1, s1, mu2, s2)),
+            "torch-fidelity": float(
+                next(
+                    iter(
+                        torch_fidelity.fid_statistics_to_metric(
+                            {"mu": mu1, "sigma": s1}, {"mu": mu2, "sigma": s2}, False
+                        ).values()
+                    )
+                )
+            ),
+        }
+
+
+def test_equals_the_code_of_pytorch_fid_torch_fidelity_and_clean_fid() -> None:
     x, y = samples(400, 1), samples(500, 2)
     ours = frechet(*moments(x), *moments(y))
     assert ours.route == "cholesky_1"
-    peers = pytest.importorskip("pytorch_fid.fid_score"), pytest.importorskip("torch_fidelity.metric_fid")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        theirs = peers[0].calculate_frechet_distance(*moments(x), *moments(y))
-    (mu1, s1), (mu2, s2) = moments(x), moments(y)
-    other = peers[1].fid_statistics_to_metric({"mu": mu1, "sigma": s1}, {"mu": mu2, "sigma": s2}, False)
-    assert ours.value == pytest.approx(theirs, rel=1e-9)
-    assert ours.value == pytest.approx(next(iter(other.values())), rel=1e-9)
+    for name, theirs in peers(x, y).items():
+        assert ours.value == pytest.approx(theirs, rel=1e-9), name
 
 
 @pytest.mark.parametrize("dim", [1, 255, 256, 257, 600])
@@ -92,13 +115,37 @@ def test_equals_the_nuclear_norm(n1: int, n2: int, route: str, rank: int) -> Non
 
 def test_product_routes_of_others_are_low_where_a_covariance_is_deficient() -> None:
     """What we do not copy; the error grows with the number of missing dimensions."""
-    dim = 256
-    x, y = samples(60, 1, dim), samples(70, 2, dim)
+    x, y = samples(60, 1, 256), samples(70, 2, 256)
+    exact = nuclear(x, y)
+    for name, theirs in peers(x, y).items():
+        assert theirs - exact < -1e-6, name
+    assert abs(frechet_distance(*moments(x), *moments(y)) - exact) < 1e-9 * exact
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_product_routes_are_low_by_more_than_a_ten_thousandth_at_2048_features() -> None:
+    """Variances that fall off as 1 / k, as those of pooled features do; 1000 samples against 1000."""
+    mix = np.random.default_rng(99).normal(size=(2048, 2048)) / 2 * np.arange(1, 2049)[:, None] ** -0.5
+    x, y = (np.maximum(np.random.default_rng(s).normal(size=(1000, 2048)) @ mix + 0.02 * s, 0) for s in (1, 2))
     exact = nuclear(x, y)
     (mu1, s1), (mu2, s2) = moments(x), moments(y)
-    product = ((mu1 - mu2) ** 2).sum() + s1.trace() + s2.trace() - 2 * np.sqrt(np.linalg.eigvals(s1 @ s2) + 0j).sum()
-    assert product.real - exact < -1e-6
-    assert abs(frechet_distance(mu1, s1, mu2, s2) - exact) < 1e-9 * exact
+    found = torch_fidelity.fid_statistics_to_metric({"mu": mu1, "sigma": s1}, {"mu": mu2, "sigma": s2}, False)
+    assert next(iter(found.values())) - exact < -1.5e-4
+    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(exact, rel=1e-8)
+    assert frechet_distance_features(x, y) == pytest.approx(exact, rel=1e-10)
+
+
+@pytest.mark.parametrize(("n", "of_reference"), [(20, 500), (20, 30), (30, 20), (DIM, 500), (2, 20), (400, 500)])
+def test_few_samples_against_stored_statistics(n: int, of_reference: int) -> None:
+    """The samples are the factor; the reference, whose features nobody has, may be of full rank or not."""
+    x, y = samples(n, 1), samples(of_reference, 2)
+    result = frechet_samples(x, *moments(y))
+    assert result.value == pytest.approx(nuclear(x, y), rel=1e-10)
+    assert result.route == ("gram_1" if n <= DIM else "cholesky_1")
+    for bad, message in ((x[:1], "N >= 2"), (x[:, :9], r"expected \(N, 48\)"), (x * np.nan, "x: expected finite")):
+        with pytest.raises(BadInput, match=message):
+            frechet_samples(bad, *moments(y))
 
 
 def test_closed_form_of_diagonal_covariances() -> None:
@@ -123,6 +170,17 @@ def test_channels_that_never_fire() -> None:
     assert frechet_distance(*moments(x), *moments(y)) == pytest.approx(nuclear(x, y), rel=1e-8)
     zero = np.zeros((DIM, DIM))
     assert frechet_distance(x.mean(0), zero, x.mean(0), zero) == 0.0
+
+
+def test_one_nan_at_2048_features_raises_in_under_a_second() -> None:
+    """SciPy's square root takes minutes for it."""
+    mu, cov, features = np.zeros(2048), np.eye(2048), np.zeros((3000, 2048))
+    cov[77, 3] = features[2999, 2047] = np.nan
+    for call in (lambda: frechet_distance(mu, cov, mu, np.eye(2048)), lambda: frechet_features(features, features)):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="expected finite"):
+            call()
+        assert time.monotonic() - start < 1
 
 
 def test_bad_input_is_named_at_once() -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_fid import inception as pytorch_fid
 from skimage import data
+from torch_fidelity import feature_extractor_inceptionv3 as torch_fidelity
+from torch_fidelity import interpolate_compat_tensorflow as tf1
 
 from rqvae.errors import BadInput
 from rqvae.metrics.extractors import InceptionExtractor, RandomVGG16, make_extractor
@@ -40,8 +43,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("size", [32, 256, 299, 301])
 def test_features_equal_those_of_torch_fidelity(size: int, weights: Path, extractor: InceptionExtractor) -> None:
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    theirs = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
+    theirs = torch_fidelity.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+    )
     pool, logits = theirs(photo(size))
     ours = extractor(photo(size))
     assert ours.logits is not None
@@ -51,12 +55,17 @@ def test_features_equal_those_of_torch_fidelity(size: int, weights: Path, extrac
 
 @pytest.mark.parametrize("size", [32, 256, 299, 301])
 def test_features_equal_those_of_pytorch_fid(size: int, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("pytorch_fid.inception")
-    monkeypatch.setattr(module, "load_state_dict_from_url", lambda *_, **__: torch.load(weights))
+    """pool3 by its wrapper; logits by the network that it loads the file into, whose last layer has the bias, too."""
+    monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *_, **__: torch.load(weights))
+    network = pytorch_fid.fid_inception_v3().eval()
+    pixels = torch.nn.functional.interpolate(photo(size) / 255, (299, 299), mode="bilinear", align_corners=False)
     with torch.no_grad():
-        theirs = module.InceptionV3([3]).eval()(photo(size) / 255)[0].flatten(1)
-    ours = InceptionExtractor(weights=str(weights), resize="half_pixel", scaling="unit").load()
-    close(ours(photo(size)).pooled, theirs)
+        pool3 = pytorch_fid.InceptionV3([3]).eval()(photo(size) / 255)[0].flatten(1)
+        logits = network(2 * pixels - 1) - network.fc.bias
+    ours = InceptionExtractor(weights=str(weights), resize="half_pixel", scaling="unit").load()(photo(size))
+    close(ours.pooled, pool3)
+    assert ours.logits is not None
+    close(ours.logits, logits)
 
 
 def test_spatial_features_are_a_restatement_in_float64(extractor: InceptionExtractor) -> None:
@@ -96,7 +105,6 @@ def test_resizing_equals_what_others_do(size: int) -> None:
     pixels = photo(size)
     expected = torch.nn.functional.interpolate(pixels.float(), (299, 299), mode="bilinear", align_corners=False)
     torch.testing.assert_close(resize(pixels.float(), 299, "half_pixel"), expected, rtol=0, atol=1e-3)
-    tf1 = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     expected = tf1.interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), (299, 299), align_corners=False)
     torch.testing.assert_close(resize(pixels.float(), 299, "tf1"), expected, rtol=0, atol=1e-3)
 

@@ -396,7 +396,7 @@ def test_a_failure_in_the_middle_leaves_no_recording(tmp_path: Path, monkeypatch
     monkeypatch.setattr(collect_module.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         collect("maze-chase", 900, 32, tmp_path / "half", shard_frames=300)
-    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == [".shard-00001.npz.partial", "shard-00000.npz"]
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["shard-00000.npz"]
     monkeypatch.undo()
     assert collect("maze-chase", 900, 32, tmp_path / "half", shard_frames=300) == whole
     assert not list((tmp_path / "half").glob(".*"))

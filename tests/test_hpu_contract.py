@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +23,7 @@ import torch
 from rqvae import backends
 from rqvae.backends import hpu
 from rqvae.errors import BadInput
-from tests.conftest import ROOT, only, rows, start, tensors
+from tests.conftest import ROOT, free_ports, only, rows, start, tensors
 from tests.hpu_stub.contract import broken_rules
 from tests.hpu_stub.journal import EVENTS
 
@@ -103,18 +101,6 @@ class Journals:
 
     save_dir: Path
     ranks: list[dict[str, dict[str, Any]]]
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now, and that no connection is given meanwhile: below those that the system hands out."""
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(range(10_000, 32_000), 2_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
 
 
 @pytest.fixture(scope="module")

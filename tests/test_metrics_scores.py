@@ -6,15 +6,20 @@ import contextlib
 import io
 from pathlib import Path
 
+import lpips
 import numpy as np
+import prdc
 import pytest
+import pytorch_msssim
 import torch
+import torchvision
 from skimage import data
+from torch_fidelity import metric_isc, metric_kid, metric_prc
 
 from rqvae.errors import BadInput
-from rqvae.metrics.frechet import frechet_distance
+from rqvae.metrics.frechet import frechet_distance, frechet_samples
 from rqvae.metrics.inception_score import InceptionScore
-from rqvae.metrics.jackknife import GroupedStatistics, fd_infinity, jackknife_frechet
+from rqvae.metrics.jackknife import GroupedStatistics, fd_infinity, jackknife_features, jackknife_frechet
 from rqvae.metrics.kid import kernel_distance, squared_mmd
 from rqvae.metrics.ms_ssim import ms_ssim
 from rqvae.metrics.perceptual import LPIPSScore
@@ -37,9 +42,8 @@ def score(logits: torch.Tensor, scorer: InceptionScore) -> tuple[float, float]:
 
 
 def test_inception_score_equals_torch_fidelity() -> None:
-    module = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * torch.randn(997, 1008, generator=torch.Generator().manual_seed(0))
-    theirs = module.isc_features_to_metric(logits, splits=10, rng_seed=2020)
+    theirs = metric_isc.isc_features_to_metric(logits, splits=10, rng_seed=2020)
     mean, deviation = score(logits, InceptionScore.shuffled(997))
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-9)
@@ -83,7 +87,6 @@ def test_precision_and_recall_of_an_example_by_hand(k: int, le: tuple, lt: tuple
 
 
 def test_precision_and_recall_equal_prdc_and_torch_fidelity() -> None:
-    prdc, fidelity = pytest.importorskip("prdc"), pytest.importorskip("torch_fidelity.metric_prc")
     real, fake = relu_features(300, 64, 0), relu_features(400, 64, 1, 0.1)
     ours = precision_recall(real, fake, 5, "float64", tile=128)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -91,7 +94,7 @@ def test_precision_and_recall_equal_prdc_and_torch_fidelity() -> None:
     assert {f"{k}_lt": v for k, v in theirs.items()} == pytest.approx(
         {k: ours[k] for k in ours if "_lt" in k}, abs=1e-4
     )
-    precision, recall = fidelity.calculate_precision_recall_full(fake, real, 5)
+    precision, recall = metric_prc.calculate_precision_recall_full(fake, real, 5)
     assert (ours["precision_le"], ours["recall_le"]) == pytest.approx((precision, recall), abs=1e-4)
     assert 0.05 < ours["precision_lt"] < 0.999, "an example where the scores say something"
     assert precision_recall(real, fake, 5, "float32") == pytest.approx(ours, abs=1e-3)
@@ -125,9 +128,10 @@ def test_duplicates_are_in_closed_balls_only() -> None:
 def test_kid_equals_torch_fidelity_and_an_exact_value() -> None:
     assert squared_mmd(REAL[:4], FAKE[:4]) == pytest.approx(4.971354166666666, rel=1e-14)
     assert squared_mmd(REAL, FAKE, tile=4) == pytest.approx(squared_mmd(REAL, FAKE), rel=1e-13)
-    module = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = relu_features(300, 64, 0), relu_features(280, 64, 1, 0.1)
-    theirs = module.kid_features_to_metric(x.double(), y.double(), kid_subsets=7, kid_subset_size=100, verbose=False)
+    theirs = metric_kid.kid_features_to_metric(
+        x.double(), y.double(), kid_subsets=7, kid_subset_size=100, verbose=False
+    )
     np.random.seed(5)
     state = np.random.get_state()[1].copy()
     ours = kernel_distance(x, y, subsets=7, size=100)
@@ -161,6 +165,20 @@ def test_the_jackknife_interval_covers_the_truth() -> None:
     assert abs(np.mean(corrected) - truth) < 4 * np.std(corrected) / repeats**0.5
 
 
+def test_jackknife_of_few_samples_is_that_of_their_statistics() -> None:
+    """Fewer samples than features: the same groups and numbers without a covariance of the samples."""
+    rows, reference = relu_features(90, 64, 0).double(), relu_features(400, 64, 1, 0.1).double()
+    mu, cov = reference.mean(0), reference.T.cov()
+    groups = GroupedStatistics(64, groups=10, seed=3)
+    groups.update(rows[:60], torch.arange(60))
+    expected = jackknife_frechet(groups.parts, mu, cov)
+    ours = jackknife_features(rows[:60], lambda x: frechet_samples(x, mu, cov).value, groups=10, seed=3)
+    assert vars(ours) == pytest.approx(vars(expected), rel=1e-7)
+    assert ours.low < ours.bias_corrected < ours.high < ours.estimate
+    with pytest.raises(BadInput, match="expected 2 to 30 groups of 60 samples, got 31"):
+        jackknife_features(rows[:60], lambda x: 0.0, groups=31)
+
+
 def test_groups_do_not_depend_on_ranks_and_are_balanced() -> None:
     rows = relu_features(403, 5, 0)
     one, two = GroupedStatistics(5, 20), [GroupedStatistics(5, 20) for _ in range(2)]
@@ -191,9 +209,8 @@ def photo_pair(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("side", [176, 256])
 def test_ms_ssim_equals_its_package(side: int) -> None:
-    package = pytest.importorskip("pytorch_msssim")
     image, other = photo_pair(side)
-    theirs = package.ms_ssim(other.double(), image.double(), data_range=1.0, size_average=False)
+    theirs = pytorch_msssim.ms_ssim(other.double(), image.double(), data_range=1.0, size_average=False)
     torch.testing.assert_close(ms_ssim(other, image), theirs, rtol=0, atol=1e-5)  # its window is float32
     assert 0.5 < float(theirs) < 0.99
     with pytest.raises(BadInput, match="sides >= 176"):
@@ -201,22 +218,22 @@ def test_ms_ssim_equals_its_package(side: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_lpips_equals_its_package_on_8_bit_images(tmp_path: Path) -> None:
-    import lpips
-    from torchvision.models import alexnet
-
+@pytest.mark.parametrize(
+    ("net", "trunk_name"), [("alex", "alexnet"), pytest.param("vgg", "vgg16", marks=pytest.mark.slow)]
+)
+def test_lpips_equals_its_package_on_8_bit_images(net: str, trunk_name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    trunk = alexnet(weights=None)
-    torch.save(trunk.state_dict(), tmp_path / "alex.pth")
-    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    own = [v for k, v in trunk.state_dict().items() if k.startswith("features.")]
+    features = getattr(torchvision.models, trunk_name)(weights=None).features.state_dict()
+    own = list(features.values())
+    torch.save({f"features.{key}": value for key, value in features.items()}, tmp_path / "trunk.pth")
+    reference = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     for parameter, value in zip(reference.net.parameters(), own, strict=True):
         parameter.data.copy_(value)
     image, other = photo_pair(64)
     expected = reference(2 * other - 1, 2 * image - 1).flatten()
-    ours = LPIPSScore(trunk_weights=str(tmp_path / "alex.pth")).load()
+    ours = LPIPSScore(net=net, trunk_weights=str(tmp_path / "trunk.pth")).load()
     torch.testing.assert_close(ours(other + 0.3 / 255, image), expected.detach(), rtol=1e-5, atol=0)
-    assert ours.key == "lpips_alex_v0.1_u8"
+    assert ours.key == f"lpips_{net}_v0.1_u8"
     with pytest.raises(BadInput, match="no such file"):
         LPIPSScore(trunk_weights=str(tmp_path / "none.pth")).load()
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from rqvae import backends
-from rqvae.backends.guarded import step_if_finite
+from rqvae.backends.guarded import step_if_at_most
 from rqvae.callbacks.interfaces import Intervention, Observer
 from rqvae.errors import BadInput
 from rqvae.trainers.finite import first_not_finite
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.nonfinite import Skips
 from rqvae.trainers.trainer import Trainer
 from tests.conftest import assert_same, finish, means_of, only, rows, start, tensors, without_times
 from tests.test_loop import NoReads, assembled
@@ -213,7 +214,46 @@ def test_optimizer_that_cannot_is_refused() -> None:
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     with pytest.raises(BadInput, match="expected an optimizer that takes found_inf"):
-        step_if_finite(torch.optim.SGD([p], 0.1, foreach=True), torch.ones(()))
+        step_if_at_most(torch.optim.SGD([p], 0.1, foreach=True), torch.ones(()), torch.tensor(torch.inf))
+
+
+def test_an_unusually_large_norm_is_left_out_once_it_is_known_what_is_usual() -> None:
+    """The mean over applied updates: a plain one over the first 100, exponential with weight 1/100 from there on."""
+    skips = Skips(["generator"], torch.device("cpu"))
+    norms = [1.0 + 0.001 * i for i in range(100)]
+    for step, norm in enumerate([50.0, *norms[1:]]):
+        ceiling = skips.ceiling("generator", 4.0)
+        assert ceiling.isinf().all(), "too early to say"
+        assert skips.judge("generator", torch.tensor(norm), step, 2, ceiling)
+    usual = (50.0 + sum(norms[1:])) / 100
+    resumed = Skips(["generator"], torch.device("cpu"))
+    resumed.load_state_dict(skips.state_dict())
+    for norm, kept in ((4.1 * usual, False), (3.9 * usual, True), (float("nan"), False), (1.0, True)):
+        ceiling = resumed.ceiling("generator", 4.0)
+        assert float(ceiling) == pytest.approx(4.0 * usual, rel=1e-5)
+        assert bool(resumed.judge("generator", torch.tensor(norm), 0, 2, ceiling)) == kept
+        usual += (norm - usual) / 100 if kept else 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_spike_changes_no_weight(precision: str) -> None:
+    overrides = ["--train.skip_nonfinite", "1", "--train.skip_spikes", "3", "--train.precision", precision]
+    _, _, trainer, steps = assembled("configs/debug/stage2.yaml", *overrides)
+    skips = trainer.state.skips
+    turn(trainer, steps[0])
+    skips._applied["generator"] += 1000
+    skips._usual["generator"] *= 0.1
+
+    def trained() -> dict[str, torch.Tensor]:
+        return {name: x.clone() for name, x in everything(trainer).items() if not name.startswith("log/")}
+
+    before = trained()
+    turn(trainer, steps[1])
+    assert_same(trained(), before)
+    skips._usual["generator"] *= 100
+    turn(trainer, steps[1])
+    with pytest.raises(AssertionError):
+        assert_same(trained(), before)
 
 
 def test_meter_leaves_out_what_was_not_applied() -> None:
@@ -227,3 +267,5 @@ def test_meter_leaves_out_what_was_not_applied() -> None:
 def test_bad_setting(tmp_path: Path, cli, capfd) -> None:
     assert cli(*line("stage2", tmp_path, "--train.skip_nonfinite", -1)) == 2
     assert "train.skip_nonfinite: expected at least 0, got -1" in capfd.readouterr().err
+    assert cli(*line("stage2", tmp_path, "--train.skip_spikes", 3)) == 2
+    assert "train.skip_spikes: expected train.skip_nonfinite of at least 1" in capfd.readouterr().err

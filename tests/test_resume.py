@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rqvae.trainers.checkpoint import prune, save, verify
+from rqvae.trainers.checkpoint import outdated, prune, save, verify
 from tests.conftest import assert_same, finish, only, rows, start, tensors, without_times
 
 SLOW = '[{"class_path": "tests.observers.Slow", "init_args": {"seconds": 0.15}}]'
@@ -117,7 +117,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_out_the_one_just_written(tmp_p
     for step in (5, 6, 10):
         save(tmp_path / "checkpoints" / f"step_{step:08d}", {"model/a": {"x": torch.zeros(2)}}, {})
     folders = [tmp_path / "checkpoints" / f"step_{step:08d}" for step in (5, 6, 10)]
-    prune(tmp_path, folders[1], 1, set())
+    prune(tmp_path, lambda found, good: outdated(found, good, folders[1].name, 1, ()))
     assert [folder.exists() for folder in folders] == [False, True, True]
 
 

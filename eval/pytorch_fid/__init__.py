@@ -15,7 +15,9 @@ from rqvae.metrics.frechet import (
     frechet_distance,
     frechet_distance_features,
     frechet_features,
+    frechet_samples,
 )
+from rqvae.metrics.image_files import write_adm_reference, write_image_folder, write_image_npz
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.statistics import StreamingStatistics
 
@@ -29,7 +31,11 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_features",
     "frechet_features",
+    "frechet_samples",
     "read_features",
+    "write_adm_reference",
     "write_features",
+    "write_image_folder",
+    "write_image_npz",
     "write_statistics",
 ]

@@ -14,6 +14,7 @@ from rqvae import backends
 from rqvae.configuration import Configuration, read
 from rqvae.errors import BadInput
 from rqvae.trainers.assembly import TrainingJob, TrainRequest, check
+from rqvae.trainers.fetching import fetched
 from rqvae.trainers.run_folder import RunPlace, name_of_run
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -38,13 +39,13 @@ class Run:
         """Read an experiment.
 
         Args:
-            path: a config, several that are merged in order, or a run folder.
+            path: a config, several that are merged in order, or a run folder or its URL.
             overrides: changed keys, `{"train.steps": 20}`, or as on the command line, `["--train.steps", "20"]`.
 
         Raises:
             BadInput: one line that names file and key.
         """
-        paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
+        paths = [fetched(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
         words = _as_options(overrides)
         if len(paths) == 1 and paths[0].is_dir():
             folder = paths[0]
@@ -79,7 +80,7 @@ class Run:
         finished one is returned as it is. A run that was read from its folder goes on where it is.
 
         Args:
-            save_dir: folder of all runs; None is `runs`, or where the run was read from.
+            save_dir: folder of all runs, or a URL as text; None is `runs`, or where the run was read from.
             run_name: None is the config's name.
             project: folder below save_dir; None is `rqvae`, or where the run was read from.
             resume_ckpt: run or checkpoint folder to start from, with its full state.
@@ -119,7 +120,7 @@ class Run:
         if self.folder is not None:
             parent = self.folder.resolve().parent
             save_dir, project = save_dir or parent.parent, project or parent.name
-        return RunPlace(Path(save_dir or "runs"), project or "rqvae", run_name or self.name)
+        return RunPlace.at(save_dir or "runs", project or "rqvae", run_name or self.name)
 
 
 def _as_options(overrides: Overrides) -> list[str]:

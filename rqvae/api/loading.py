@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rqvae import remote
 from rqvae.api import exported, sources
 from rqvae.api.pipeline import Pipeline
 from rqvae.configuration import read
@@ -17,6 +18,7 @@ from rqvae.files import read_json
 from rqvae.run import Stage1Run
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import load_evaluated
+from rqvae.trainers.fetching import fetched
 from rqvae.trainers.run_folder import read_config
 from rqvae.trainers.stage2_trainer import load_two_stage
 
@@ -35,7 +37,8 @@ def load(
 
     Args:
         source: a run folder of either stage, a checkpoint folder inside one, a folder that was exported (also of
-            diffusers: `AutoencoderKL`, `AutoencoderDC`, `AutoencoderTiny`), a shipped name, or a hub id `owner/name`.
+            diffusers: `AutoencoderKL`, `AutoencoderDC`, `AutoencoderTiny`), the URL of any of these (`s3://...`), a
+            shipped name, or a hub id `owner/name`.
         weights: of a run: `model` for the trained weights themselves, or the name of an average such as `ema_0.9999`.
         revision: of a hub id: branch, tag or commit.
         device: cpu, cuda or auto, as the commands' --backend; None stays on the host.
@@ -111,6 +114,8 @@ def place_of(path: str, run: Path) -> Path:
     for its reader to complain about.
     """
     environment = run / "environment.json"
+    if remote.is_url(path):
+        return fetched(path)
     trained_in = json.loads(environment.read_text()).get("working_directory") if environment.exists() else None
     above = [*([Path(trained_in)] if trained_in else []), *run.resolve().parents, Path()]
     found = [folder / path for folder in above if (folder / path).exists()]

@@ -6,8 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from rqvae import shipped
+from rqvae import remote, shipped
 from rqvae.errors import BadInput
+from rqvae.trainers.fetching import fetched
 
 # What an exported model consists of; pickled weights beside them are neither fetched nor read.
 PATTERNS = ("config.json", "README.md", "*.safetensors", "*/config.json", "*/*.safetensors", "*.safetensors.index.json")
@@ -18,13 +19,15 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a model.
 
     Args:
-        source: a folder, a name of `rqvae.shipped`, or a hub id `owner/name`, looked for in this order. A `Path` is
-            a folder only.
+        source: a URL that fsspec knows, a folder, a name of `rqvae.shipped`, or a hub id `owner/name`, looked for in
+            this order. A `Path` is a folder only.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         BadInput: none of the three; a hub that cannot be reached or refuses.
     """
+    if remote.is_url(source):
+        return fetched(source)
     text = os.fspath(source)
     folder = Path(text).expanduser()
     if folder.exists():

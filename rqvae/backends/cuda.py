@@ -55,11 +55,16 @@ class CudaBackend(EagerBackend):
         torch.cuda.memory._record_memory_history(enabled=None)
         return True
 
-    def choose_device(self, local_rank: int) -> torch.device:
+    @classmethod
+    def check_devices(cls, world_size: int) -> None:
         if not torch.cuda.is_available():
             raise BadInput("backend cuda: expected an NVIDIA GPU and a CUDA build of torch, found none")
-        if local_rank >= torch.cuda.device_count():
-            raise BadInput(f"--world-size: expected at most {torch.cuda.device_count()} (GPUs of this host), got more")
+        count = torch.cuda.device_count()
+        if world_size > count:
+            raise BadInput(f"--world-size: expected at most {count} (GPUs of this host), got {world_size}")
+
+    def choose_device(self, local_rank: int) -> torch.device:
+        self.check_devices(local_rank + 1)  # a rank of torchrun was started without our launcher's check
         if self.precision == "bf16" and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(local_rank)
             raise BadInput(f"train.precision: expected fp16 or fp32 on {name}, which has no bf16, got bf16")
@@ -88,6 +93,9 @@ class CudaBackend(EagerBackend):
 
     def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
         self._late.add(fn, tensors)
+
+    def when_read(self, fn: Callable[[Tensor], None], x: Tensor) -> None:
+        self._late.add_whole(fn, x)
 
     def mark_step(self) -> None:
         """Read the values of the step before: this step's work, which the device has by now, keeps it busy."""

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity
 
 from rqvae.backends.compiling import compile_in_place
-from rqvae.backends.guarded import step_if_finite
+from rqvae.backends.guarded import step_if_at_most
 from rqvae.backends.interfaces import Movable, Precision, ReduceOp
 from rqvae.backends.peaks import peak_tflops
 from rqvae.backends.scaling import LossScaler
@@ -68,6 +68,10 @@ class EagerBackend:
             # What lives on the host stays there: objects, and sums in a type that the device may not have. It waits
             # long, as rank 0 may be writing 50,000 images or fetching data; the death of a rank is noticed at once.
             self._host_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+
+    @classmethod
+    def check_devices(cls, world_size: int) -> None:
+        """Raise BadInput where this host has fewer devices than processes are to be started; cores are shared."""
 
     def choose_device(self, local_rank: int) -> torch.device:
         """This process's device."""
@@ -149,7 +153,7 @@ class EagerBackend:
         *,
         clip: float | None,
         scaler: LossScaler | None = None,
-        only_finite: bool = False,
+        at_most: Tensor | None = None,
     ) -> Tensor:
         if is_sharded(params[0]):
             norm = clip_parts(self, params, clip)
@@ -159,8 +163,8 @@ class EagerBackend:
             norm = self.clip_gradients(params, clip)
         if scaler:
             norm = scaler.step(optimizer, norm)
-        elif only_finite:
-            step_if_finite(optimizer, norm)
+        elif at_most is not None:
+            step_if_at_most(optimizer, norm, at_most)
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -172,6 +176,9 @@ class EagerBackend:
     def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
         stacked = [t.detach().to(self.widest_float).reshape(()) for t in tensors.values()]
         fn(**dict(zip(tensors, torch.stack(stacked).tolist() if stacked else [], strict=True)))
+
+    def when_read(self, fn: Callable[[Tensor], None], x: Tensor) -> None:
+        fn(x.detach().cpu())
 
     def settle(self) -> None:
         """Nothing: `when_ready` holds nothing back."""

@@ -135,9 +135,9 @@ class HpuBackend(EagerBackend):
         *,
         clip: float | None,
         scaler: LossScaler | None = None,
-        only_finite: bool = False,
+        at_most: Tensor | None = None,
     ) -> Tensor:
-        norm = super().step(optimizer, params, clip=clip, scaler=scaler, only_finite=only_finite)
+        norm = super().step(optimizer, params, clip=clip, scaler=scaler, at_most=at_most)
         self.mark_step()
         return norm
 

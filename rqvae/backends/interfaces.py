@@ -126,7 +126,7 @@ class Backend(Protocol):
         *,
         clip: float | None,
         scaler: LossScaler | None = None,
-        only_finite: bool = False,
+        at_most: Tensor | None = None,
     ) -> Tensor:
         """Clip (after reduce), update, clear the gradients; the gradient norm before clipping, on the device.
 
@@ -135,7 +135,8 @@ class Backend(Protocol):
             params: its parameters.
             clip: largest norm; None does not clip.
             scaler: that of the losses; it skips the update where their gradients overflowed.
-            only_finite: leave weights and optimizer as they are where the norm is not finite; decided on the device.
+            at_most: scalar; leave weights and optimizer as they are where the norm is not finite or more than this;
+                decided on the device. Not with a scaler.
         """
         ...
 
@@ -148,6 +149,10 @@ class Backend(Protocol):
 
         `fn` may be called later, in a `mark_step` or in `settle`; in the order of the calls in any case.
         """
+        ...
+
+    def when_read(self, fn: Callable[[Tensor], None], x: Tensor) -> None:
+        """Call `fn` with a copy of `x` on the host, at the place where `when_ready` would call it; any shape."""
         ...
 
     def settle(self) -> None:

@@ -49,6 +49,11 @@ class LateValues:
             values_n, arrived = self._copy(stacked_n)
         self._queue.append(_Waiting(fn, tuple(tensors), values_n, arrived))
 
+    def add_whole(self, fn: Callable[[Tensor], None], x: Tensor) -> None:
+        """Keep `fn` and the content of `x` as of now; it is called with a tensor of the host, of x's shape and type."""
+        host_n, arrived = self._copy(x.detach().flatten())
+        self._queue.append(_Waiting(lambda: fn(host_n.view(x.shape)), (), torch.empty(0), arrived))
+
     def deliver(self) -> None:
         """Wait for each function's values and call it with them as floats.
 

@@ -1,19 +1,41 @@
-"""Starts a job's processes with torchrun's own agent, in this process, so that the exit code stays ours."""
+"""Starts a job's processes with torchrun's own agent, in this process, so that the exit code stays ours.
+
+The same command runs on each of NNODES hosts. They meet at MASTER_ADDR:MASTER_PORT, in a store that host 0 keeps; the
+numbers of the ranks are what that meeting (c10d's rendezvous) gives out.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+)
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from rqvae.backends.agent import Agent, JobOver, Words
+from rqvae.backends.hosts import Hosts
+from rqvae.errors import BadInput, RunFailed
+
+log = logging.getLogger(__name__)
+
+JOB_START = "RQVAE_JOB_START"
+"""Set in the processes that are started: when their launcher was, in seconds since 1970."""
 
 
 def in_job() -> bool:
@@ -21,60 +43,136 @@ def in_job() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> int:
+def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0, backend: str = "cpu") -> int:
     """Run `python -m rqvae ARGUMENTS` as `world_size` processes on this host and wait for them.
 
-    A rank leaves the line that says why it failed in a file; the first one's is said here, once.
+    With NNODES > 1 they are part of the job of all hosts. A rank leaves the line that says why it failed in a file; the
+    first one's is said here, once, on every host. After a death the processes of all hosts start anew, from the newest
+    checkpoint, up to RQVAE_MAX_RESTARTS times; a host that was lost joins again by the same command.
+
+    Args:
+        arguments: of the command.
+        world_size: processes on this host.
+        threads: OpenMP threads of a process, 0 for an equal share of the cores.
+        backend: its name, which must be the same on all hosts.
 
     Returns:
         0, or the exit code of the rank that failed first; 128 + signal after a signal that ended the job.
+
+    Raises:
+        BadInput: hosts that do not answer or do not fit together.
+        RunFailed: hosts that did not come, or did not come back.
     """
+    hosts = Hosts.from_environment()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, (os.cpu_count() or 1) // world_size)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=world_size,
-        run_id=uuid.uuid4().hex,
-        # An explicit endpoint on a free port; a restart through --standalone can meet a stale store.
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["RQVAE_ERROR_DIR"] = folder
+        os.environ |= {"RQVAE_ERROR_DIR": folder, JOB_START: str(time.time())}
         try:
-            elastic_launch(config, sys.executable)("-m", "rqvae", *arguments)
-        except ChildFailedError as error:
-            return _report(error, Path(folder))
-        except SignalException as stop:
-            failed = sorted(Path(folder).iterdir())
-            return _say(failed[0]) if failed else 128 + int(stop.sigval)
+            job = _Job(arguments, world_size, backend, Path(folder))
+            while (code := job.attempt(hosts)) is None:
+                hosts = replace(hosts, restarts=hosts.restarts - 1)
         finally:
-            del os.environ["RQVAE_ERROR_DIR"]
-    return 0
+            for name in ("RQVAE_ERROR_DIR", JOB_START):
+                del os.environ[name]
+    return code
 
 
-def _report(error: ChildFailedError, folder: Path) -> int:
-    """Say why the job failed and return the code of the rank that failed first.
+@dataclass(frozen=True)
+class _Job:
+    """What is started on this host.
 
-    Whose exit was seen first tells little: a rank that gives up closes its connections before it is gone, and the
-    others, which wait for it, may be gone earlier. A rank that was killed left no words; else the first words count.
-    torchrun reports death by a signal as a negative code.
+    Args:
+        arguments: of the command.
+        world_size: processes on this host.
+        backend: its name.
+        words: folder in which a rank leaves its last words.
     """
-    killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
-    words = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    if killed and not (folder / f"rank_{killed[0][0]}").exists():
-        rank, failure = killed[0]
-        sys.stderr.write(f"error: rank {rank} was killed by {signal.Signals(-failure.exitcode).name}\n")
-        return 3
-    return _say(words[0]) if words else max(failure.exitcode for failure in error.failures.values())
+
+    arguments: Sequence[str]
+    world_size: int
+    backend: str
+    words: Path
+
+    def attempt(self, hosts: Hosts) -> int | None:
+        """Meet, start and watch, until the job is over (its exit code) or host 0 is lost (None)."""
+        hosts = hosts.reach()
+        try:
+            handler = _meeting_point(hosts)
+        except RendezvousConnectionError as error:
+            if hosts.rank == 0:
+                raise BadInput(f"{_place(hosts)}: expected an address of this host, which is NODE_RANK 0") from error
+            return self._lost(hosts, error)
+        facts = {"backend": self.backend, "WORLD_SIZE": self.world_size, "command": self.arguments[0]}
+        agent = Agent(self._spec(handler, hosts), hosts, facts, self.words)
+        try:
+            return self._run(agent, hosts)
+        except (RendezvousConnectionError, DistError) as error:
+            return self._lost(hosts, error)
+        finally:
+            handler.shutdown()
+
+    def _run(self, agent: Agent, hosts: Hosts) -> int:
+        try:
+            if agent.run() is None:
+                raise RunFailed(f"{_place(hosts)}: expected {hosts.count} hosts (NNODES), this is one more")
+        except JobOver as over:
+            words = over.words
+        except SignalException as stop:
+            files = sorted(self.words.iterdir())
+            words = agent.words_in(files[0]) if files else Words(128 + int(stop.sigval), "", hosts.rank)
+            agent.agree(words)
+        except RendezvousClosedError:
+            ended = Words(3, f"{_place(hosts)}: another host has ended the job", hosts.rank)
+            words = agent.ended_by() or ended
+        except RendezvousTimeoutError as error:
+            raise RunFailed(
+                f"{_place(hosts)}: expected {hosts.count} hosts within {hosts.patience:g} s, not all of them came"
+            ) from error
+        else:
+            return 0
+        agent.leave()
+        if words.line:
+            where = f"host {words.host}: " if words.host != hosts.rank else ""
+            sys.stderr.write(f"error: {where}{words.line}\n")
+        return words.code
+
+    def _lost(self, hosts: Hosts, error: Exception) -> None:
+        """Host 0 keeps what the hosts agree on; where it may come back, there is nothing to return."""
+        if hosts.rank == 0 or hosts.restarts == 0:
+            raise RunFailed(f"{_place(hosts)}: lost on host {hosts.rank}: {error}") from error
+        log.warning("%s: host 0 is lost; waiting for it, %d more times at most", _place(hosts), hosts.restarts)
+
+    def _spec(self, handler: RendezvousHandler, hosts: Hosts) -> WorkerSpec:
+        return WorkerSpec(
+            role="rqvae",
+            local_world_size=self.world_size,
+            rdzv_handler=handler,
+            entrypoint=sys.executable,
+            args=("-m", "rqvae", *self.arguments),
+            max_restarts=hosts.restarts,
+            monitor_interval=0.2 if hosts.count == 1 else 0.5,
+            local_addr=hosts.own_address,
+        )
 
 
-def _say(words: Path) -> int:
-    """Say what a rank left, `CODE MESSAGE`, and return the code."""
-    code, _, message = words.read_text().partition(" ")
-    sys.stderr.write(f"error: {message}\n")
-    return int(code)
+def _meeting_point(hosts: Hosts) -> RendezvousHandler:
+    """Where the agents of all hosts meet: a store of host 0, by address and port rather than by name."""
+    several = hosts.count > 1
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend="c10d",
+            endpoint=f"{hosts.address}:{hosts.port}",
+            run_id="rqvae" if several else uuid.uuid4().hex,
+            min_nodes=hosts.count,
+            max_nodes=hosts.count,
+            local_addr=hosts.own_address,
+            is_host=hosts.rank == 0,
+            join_timeout=int(hosts.patience),
+        )
+    )
+
+
+def _place(hosts: Hosts) -> str:
+    return f"MASTER_ADDR {hosts.address}, MASTER_PORT {hosts.port}"

@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity
 from torch.utils._pytree import tree_map
 
 from rqvae.backends import xla_environment, xla_kernels
-from rqvae.backends.guarded import step_if_finite
+from rqvae.backends.guarded import step_if_at_most
 from rqvae.backends.interfaces import Movable, Precision, ReduceOp
 from rqvae.backends.lazy_adamw import LazyAdamW
 from rqvae.backends.peaks import peak_tflops
@@ -200,15 +200,15 @@ class XlaBackend:
         *,
         clip: float | None,
         scaler: LossScaler | None = None,
-        only_finite: bool = False,
+        at_most: Tensor | None = None,
     ) -> Tensor:
         assert scaler is None
         if clip is None:
             norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         else:
             norm = nn.utils.clip_grad_norm_(params, clip)
-        if only_finite:
-            step_if_finite(optimizer, norm)
+        if at_most is not None:
+            step_if_at_most(optimizer, norm, at_most)
         else:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -232,6 +232,10 @@ class XlaBackend:
 
     def when_ready(self, fn: Callable[..., None], **tensors: Tensor) -> None:
         self._waiting.append((fn, {name: value.detach() for name, value in tensors.items()}))
+
+    def when_read(self, fn: Callable[[Tensor], None], x: Tensor) -> None:
+        x = x.detach()
+        self.when_ready(lambda: fn(x.cpu()))
 
     def settle(self) -> None:
         while self._waiting:

@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from rqvae.backends import xla_environment
+from rqvae.backends.hosts import RESTARTS, host_count, max_restarts
 from rqvae.errors import BadInput
 from rqvae.processes import STOP_SIGNALS, answer_stop_signals
 
@@ -31,9 +32,14 @@ def launch(arguments: Sequence[str], world_size: int, *, threads: int = 0) -> in
         The command's exit code, of the replica that failed first where any did.
 
     Raises:
-        BadInput: torch_xla is not installed; another number than the host's devices, where it has TPUs.
+        BadInput: torch_xla is not installed; another number than the host's devices, where it has TPUs; several hosts
+            without TPUs, or restarts.
     """
     xla_environment.prepare()
+    if xla_environment.on_host() and host_count() > 1:
+        raise BadInput(f"NNODES: expected 1 with xla on the host's cores (PJRT_DEVICE=CPU), got {host_count()}")
+    if max_restarts():
+        raise BadInput(f"{RESTARTS}: expected 0 with backend xla, whose scheduler restarts a pod, got {max_restarts()}")
     xla_environment.set_devices(world_size)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads or max(1, (os.cpu_count() or 1) // world_size)))
     with tempfile.TemporaryDirectory() as folder:

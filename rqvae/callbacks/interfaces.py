@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from rqvae.durations import Duration
@@ -35,6 +36,17 @@ class UpdateView(Protocol):
     name: str
     module: nn.Module
     params: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+class LossView(Protocol):
+    """The loss of a micro-batch: of each sample, and its diffusion time in [0, 1], where there are such; both (B,)."""
+
+    @property
+    def per_sample(self) -> Tensor | None: ...
+
+    @property
+    def t(self) -> Tensor | None: ...
 
 
 class RunView(Protocol):
@@ -53,6 +65,14 @@ class RunView(Protocol):
         """Add values to the row of the present step."""
         ...
 
+    def log_groups(self, name: str, values_b: Tensor, group_b: Tensor, groups: int) -> None:
+        """Add samples (B,) to the means `train/NAME_GROUP` of the row that comes next; see `Meter.add_groups`."""
+        ...
+
+    def ask(self, what: Literal["checkpoint", "stop"], why: str) -> None:
+        """For interventions, on rank 0: have all ranks save, or stop without saving, before one of the next steps."""
+        ...
+
     def log_picture(self, name: str, image_hwc: np.ndarray) -> None:
         """Show a picture (H, W, 3) uint8; written by rank 0."""
         ...
@@ -67,6 +87,9 @@ class Observer:
     def before_step(self, run: RunView, micros: list[LabeledImageData]) -> None:
         """The batch is on the device."""
 
+    def after_loss(self, run: RunView, update: UpdateView, micro: LabeledImageData, losses: LossView) -> None:
+        """A micro-batch has its loss; its gradients are not there yet."""
+
     def after_backward(self, run: RunView, update: UpdateView) -> None:
         """Gradients are reduced and not yet clipped."""
 
@@ -75,6 +98,14 @@ class Observer:
 
     def on_fit_end(self, run: RunView) -> None:
         """After the last step of this process, also on error."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps of a callback."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
 class Intervention:

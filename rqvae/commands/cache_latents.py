@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     if not backends.in_job():
         check_request(configuration.for_checks(), request)
-        if check_world_size(options) > 1:
+        if backends.needs_launch(check_world_size(options)):
             return backends.launch(
                 ["cache-latents", *arguments], options.world_size, threads=options.threads, backend=options.backend
             )

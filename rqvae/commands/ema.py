@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, folder_at
 
 _ROUGH = 0.05
 
@@ -14,7 +14,7 @@ _ROUGH = 0.05
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae ema", description=__doc__)
-    own.add_argument("run", type=Path, metavar="RUN", help="run folder of either stage, trained with ema.power")
+    own.add_argument("run", metavar="RUN", help="run folder of either stage, or its URL, trained with ema.power")
     own.add_argument("--sigma-rel", type=float, required=True, help="relative width of the average, in (0, 0.2886]")
     own.add_argument("--step", type=int, help="step of a snapshot; the newest by default")
     own.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, which loads like a run")
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from rqvae.trainers.posthoc_ema import PosthocRequest, reconstruct_average
 
-    request = PosthocRequest(options.run, options.sigma_rel, options.out, options.step)
+    request = PosthocRequest(folder_at(options.run, snapshots=True), options.sigma_rel, options.out, options.step)
     facts = reconstruct_average(request)
     error = facts["profile_error"]
     rough = " (rough: take snapshots more often, or a width nearer to those of ema.power)" if error > _ROUGH else ""

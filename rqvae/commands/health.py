@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, folder_at
 from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ SEVERITIES = ("info", "minor", "major", "critical")
 
 def parser() -> Parser:
     """The options of this command."""
-    own = Parser("rqvae health", description=__doc__)
-    own.add_argument("log", type=Path, metavar="LOG|RUN_DIR", help="a log of any known format, or the folder of a run")
+    own = Parser("rqvae health", description=f"{__doc__} `health replay RUN_DIR`: what was found live, again.")
+    own.add_argument("log", metavar="LOG|RUN_DIR", help="a log of any known format, or the folder of a run or its URL")
     own.add_argument("--config", type=Path, help="the run's YAML or JSON; RUN_DIR/config.yaml by default")
     own.add_argument("--source", type=Path, metavar="DIR", help="the program's source, for checks of log against code")
     own.add_argument("--baseline", type=Path, metavar="OTHER", help="log or folder of a run to compare with")
@@ -33,8 +33,27 @@ def parser() -> Parser:
     return own
 
 
+def look_parser() -> Parser:
+    """The options of `health look`, which the observer calls."""
+    own = Parser("rqvae health look", description="Examine a run of ours as far as it has come, as one line of JSON.")
+    own.add_argument("run", type=Path, metavar="RUN_DIR", help="the run's folder; it may still be training")
+    return own
+
+
+def replay_parser() -> Parser:
+    """The options of `health replay`."""
+    text = "Repeat the looks that a run with the observer rqvae.callbacks.health.Health took while it trained."
+    own = Parser("rqvae health replay", description=text + " Exit code 1 where one finds something else now.")
+    own.add_argument("run", type=Path, metavar="RUN_DIR", help="the run's folder")
+    return own
+
+
 def run(arguments: Sequence[str]) -> int:
     """Read, examine, write; 1 if a finding reaches --fail-on."""
+    if arguments[:1] == ["look"]:
+        return _look(look_parser().parse_args(list(arguments[1:])).run)
+    if arguments[:1] == ["replay"]:
+        return _replay(replay_parser().parse_args(list(arguments[1:])).run)
     options = parser().parse_args(list(arguments))
     outputs = {kind: getattr(options, kind) for kind in ("html", "json", "md") if getattr(options, kind)}
     for kind, path in outputs.items():
@@ -45,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae.health.settings import read_settings
     from rqvae.health.source import read_source
 
-    log = read_log(options.log, options.format)
+    log = read_log(folder_at(options.log), options.format)
     config = options.config
     if config is None and log.format == "rqvae" and (log.path.parent / "config.yaml").is_file():
         config = log.path.parent / "config.yaml"
@@ -59,6 +78,30 @@ def run(arguments: Sequence[str]) -> int:
         _write(path, _render(kind, examination))
     sys.stdout.write(_summary(examination))
     return 1 if examination.reaches(options.fail_on) else 0
+
+
+def _look(folder: Path) -> int:
+    from rqvae.health.live import look
+
+    os.nice(10)  # a run is training
+    sys.stdout.write(look(folder).line() + "\n")
+    return 0
+
+
+def _replay(folder: Path) -> int:
+    """Each look of the run and the same one now; what is new in each."""
+    from rqvae.health.live import look, news, read_looks
+
+    before, differing = None, 0
+    for then in read_looks(folder):
+        now = look(folder, then.rows, then.words)
+        same = now.line() == then.line()
+        differing += not same
+        found = [f"{f['severity']} {f['id']}" for f in news(before, now)]
+        verdict = "as then" if same else "differs from what was found then"
+        sys.stdout.write(f"step {now.step:g}: {', '.join(found) or 'nothing new'} ({verdict})\n")
+        before = now
+    return 1 if differing else 0
 
 
 def _check_out(kind: str, path: Path) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser, check_world_size
+from rqvae.commands.options import Parser, check_world_size, json_object
 
 
 def parser() -> Parser:
@@ -24,6 +24,7 @@ def parser() -> Parser:
     own.add_argument("--images", type=int, default=0, help="how many of the split in file order; 0 for all")
     own.add_argument("--extractor", default="inception", help="inception, random-vgg16, or a class path")
     own.add_argument("--weights", help="file or URL of the Inception weights; pytorch-fid's URL by default")
+    own.add_argument("--extractor-args", type=json_object, default={}, metavar="JSON", help="more of its arguments")
     own.add_argument(
         "--keep",
         choices=("features", "statistics"),
@@ -53,8 +54,9 @@ def run(arguments: Sequence[str]) -> int:
         options.keep,
         options.extractor,
         options.weights,
+        options.extractor_args,
     )
-    if not backends.in_job() and check_world_size(options) > 1:
+    if backends.needs_launch(check_world_size(options)):
         return backends.launch(
             ["make-reference", *arguments], options.world_size, threads=options.threads, backend=options.backend
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from rqvae import remote
 from rqvae.errors import BadInput
 
 
@@ -47,10 +50,10 @@ def add_job_options(parser: Parser) -> None:
     """What every command on a config takes."""
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files, later ones over earlier ones")
     parser.add_argument("--config", action="append", default=[], help="the same as CONFIG")
-    parser.add_argument("--save-dir", default="runs", metavar="SAVE_DIR", help="folder of all runs")
+    parser.add_argument("--save-dir", default="runs", metavar="SAVE_DIR", help="folder or URL (s3://, gs://) of all runs")
     parser.add_argument("--run-name", metavar="RUN_NAME", help="name of the run; the first config's name by default")
     parser.add_argument("--world-size", type=int, default=1, help="processes on this host")
-    parser.add_argument("--resume-ckpt", help="run or checkpoint folder to start from, with its full state")
+    parser.add_argument("--resume-ckpt", help="run or checkpoint folder, or URL, to start from, full state")
     parser.add_argument("--resume-wandb-id", help="Weights & Biases id to go on with")
     parser.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
@@ -66,6 +69,31 @@ def check_world_size(options: argparse.Namespace) -> int:
     if options.world_size < 1:
         raise BadInput(f"WORLD_SIZE: expected at least 1, got {options.world_size}")
     return options.world_size
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of an option that takes a JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return found
+
+
+def folder_at(place: str, snapshots: bool = False) -> Path:
+    """The folder that an option names by its path or its URL, on this machine.
+
+    Args:
+        place: path or URL of a run, a checkpoint or an exported model.
+        snapshots: bring a run's snapshots of its averages too.
+    """
+    if not remote.is_url(place):
+        return Path(place)
+    from rqvae.trainers.fetching import fetched  # imports torch, seconds that a path need not wait
+
+    return fetched(place, snapshots)
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rqvae import remote
 from rqvae.commands.options import Parser, add_job_options, check_world_size, config_files
 
 
@@ -13,8 +14,9 @@ def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae recon", description=__doc__)
     add_job_options(own)
-    own.add_argument("--ckpt", help="run or checkpoint folder")
+    own.add_argument("--ckpt", help="run or checkpoint folder, or its URL")
     own.add_argument("--compile-plan", metavar="FILE", help="compile_plan.yaml that `diagnose` wrote, for Stage1")
+    own.add_argument("--no-originals", action="store_true", help="do not write originals/ beside images/")
     return own
 
 
@@ -30,15 +32,16 @@ def run(arguments: Sequence[str]) -> int:
     world_size, backend_name = check_world_size(options), backends.choose(options.backend)
     name = options.run_name or Path(config_files(options)[0]).stem
     request = ReconRequest(
-        Path(options.save_dir) / name,
+        remote.place_of(options.save_dir) / name,
         options.ckpt,
         options.resume_ckpt,
         options.resume_wandb_id,
         compile_plan=options.compile_plan,
+        originals=not options.no_originals,
     )
     if not backends.in_job():
         check_request(configuration.for_checks(), request)
-        if world_size > 1:
+        if backends.needs_launch(world_size):
             return backends.launch(["recon", *arguments], world_size, threads=options.threads, backend=options.backend)
     backend = backends.create(backend_name, threads=options.threads)
     try:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, folder_at
 from rqvae.errors import BadInput
 
 AXES = ("step", "images", "epoch", "time")
@@ -16,7 +16,7 @@ AXES = ("step", "images", "epoch", "time")
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae report", description=__doc__)
-    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, of one stage or of both")
+    own.add_argument("runs", nargs="+", metavar="RUN", help="run folders or their URLs, of one stage or of both")
     own.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE.html", help="report.html by default"
     )
@@ -32,9 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae.reports.run_report import distinct_names, write_report
 
     _check_out(options.out)
-    names = distinct_names(options.runs)
+    runs = [folder_at(run) for run in options.runs]
+    names = distinct_names(runs)
     title = options.title or (names[0] if len(names) == 1 else f"{len(names)} runs")
-    write_report(options.out, title=title, runs=options.runs, against=options.against)
+    write_report(options.out, title=title, runs=runs, against=options.against)
     sys.stdout.write(f"{options.out}: {', '.join(names)}\n")
     return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, check_world_size, find_solver, numbers
+from rqvae.commands.options import Parser, check_world_size, find_solver, folder_at, numbers
 from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae sample", description=__doc__)
-    own.add_argument("run", metavar="RUN", help="run, checkpoint or exported folder, shipped name, or hub id")
+    own.add_argument("run", metavar="RUN", help="run, checkpoint or exported folder, its URL, shipped name, or hub id")
     own.add_argument("--num", type=int, default=64, help="how many images")
     own.add_argument("--class", dest="labels", type=numbers, default=(), metavar="K[,K...]", help="classes in turn")
     own.add_argument("--steps", type=int, help="solver steps; the run's own by default")
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
 
     request = SampleRequest(options.out, options.num, options.labels, options.seed, options.batch_size)
     solver = find_solver(options.solver)
-    if not backends.in_job() and check_world_size(options) > 1:
+    if backends.needs_launch(check_world_size(options)):
         return backends.launch(
             ["sample", *arguments], options.world_size, threads=options.threads, backend=options.backend
         )
@@ -70,7 +70,7 @@ def _source(model: str, pipeline: Pipeline) -> dict[str, Any]:
     """Which weights: of a run those of its checkpoint, else what the exported folder says of itself."""
     from rqvae.trainers.generate import describe_source
 
-    folder = Path(model)
+    folder = folder_at(model)
     if (folder / "config.yaml").exists() or (folder / "meta.json").exists():
         return describe_source(folder)
     known = {} if pipeline.description is None else pipeline.description.source

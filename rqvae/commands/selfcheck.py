@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
     if not backends.in_job():
         if options.json:
             make_folder(options.json.parent, "--json")
-        if world_size > 1:
+        if backends.needs_launch(world_size):
             command = ["selfcheck", *arguments]
             return backends.launch(command, world_size, threads=options.threads, backend=options.backend)
     backend = backends.create(backend_name, threads=options.threads)

@@ -63,11 +63,11 @@ def run(arguments: Sequence[str]) -> int:
         return _dry_run(configuration.instantiate("meta"), options.json)
     world_size, backend_name = check_world_size(options), backends.choose(options.backend)
     name = options.run_name or Path(config_files(options)[0]).stem
-    place = RunPlace(Path(options.save_dir), options.project, name)
+    place = RunPlace.at(options.save_dir, options.project, name)
     if not backends.in_job():
-        check(configuration.for_checks(), world_size)
+        check(configuration.for_checks(), backends.job_size(world_size))
         place.check_writable()
-        if world_size > 1:
+        if backends.needs_launch(world_size):
             return backends.launch(["train", *arguments], world_size, threads=options.threads, backend=options.backend)
     settings = configuration.resolved["train"]
     backend = backends.create(backend_name, precision=settings["precision"], threads=settings["threads"])

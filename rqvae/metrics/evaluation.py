@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from rqvae.errors import BadInput
 from rqvae.metrics.extractors import Extractor, Features
-from rqvae.metrics.feature_files import FeatureFile, moments
-from rqvae.metrics.frechet import FrechetDistance, frechet, frechet_features
+from rqvae.metrics.feature_files import FeatureFile, Moments, moments
+from rqvae.metrics.frechet import FrechetDistance, frechet, frechet_features, frechet_samples
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.inception import CLASSES, SPATIAL_DIM
 from rqvae.metrics.inception_score import InceptionScore
+from rqvae.metrics.jackknife import GroupedStatistics, Jackknife, jackknife_features, jackknife_frechet
 from rqvae.metrics.protocol import stated_generation
 from rqvae.metrics.statistics import StreamingStatistics
 
@@ -124,7 +126,12 @@ def measure(
         batch_size: images of a forward.
         keep: see `FeatureSums`.
         advance: told the number of images after each batch, for a progress bar.
+
+    Raises:
+        BadInput: a single image, whose covariance there is not.
     """
+    if len(source) < 2:
+        raise BadInput(f"{source.path}: expected at least 2 images, got {len(source)}")
     inception = extractor.name == "fid"
     sums = FeatureSums(extractor.dim, len(source), inception=inception, keep=keep)
     for images, positions in source.batches(batch_size):
@@ -143,15 +150,16 @@ def as_feature_file(source: ImageSource, sums: FeatureSums, extractor: Extractor
         sums.features("pooled"),
         sums.features("spatial"),
         sums.n,
-        {**stated_generation(source.path), **extractor.identity()},
+        {**stated_generation(source.path), **extractor.identity(), "image_format": source.format},
+        source.labels(),
     )
 
 
 def distance_between(a: FeatureFile, b: FeatureFile, *, spatial: bool = False) -> FrechetDistance:
-    """Fréchet distance, from the features themselves where both sides have them and one has fewer than D.
+    """Fréchet distance, from the features themselves where a side has them and has no more than D of them.
 
     Raises:
-        BadInput: a side without spatial features, or features of different lengths.
+        BadInput: a side without spatial features, features of different lengths, or statistics that are none.
     """
     m, n = (a.spatial, b.spatial) if spatial else (a.pooled, b.pooled)
     x, y = (a.spatial_features, b.spatial_features) if spatial else (a.features, b.features)
@@ -162,6 +170,45 @@ def distance_between(a: FeatureFile, b: FeatureFile, *, spatial: bool = False) -
     assert n is not None
     if len(m.mean) != len(n.mean):
         raise BadInput(f"{a.path}, {b.path}: expected features of one length, got {len(m.mean)} and {len(n.mean)}")
-    if x is not None and y is not None and 2 <= min(len(x), len(y)) <= len(m.mean):
+    try:
+        return _by_the_best_route(x, m, y, n)
+    except BadInput as error:
+        raise BadInput(f"{a.path}, {b.path}: {error}") from error
+
+
+def _by_the_best_route(x: np.ndarray | None, m: Moments, y: np.ndarray | None, n: Moments) -> FrechetDistance:
+    dim = len(m.mean)
+    if x is not None and y is not None and min(len(x), len(y)) <= dim:
         return frechet_features(x, y)
+    if x is not None and y is None and len(x) <= dim:
+        return frechet_samples(x, n.mean, n.cov)
+    if y is not None and x is None and len(y) <= dim:
+        return replace(frechet_samples(y, m.mean, m.cov), route="gram_2")
     return frechet(m.mean, m.cov, n.mean, n.cov)
+
+
+def error_bar(reference: FeatureFile, sample: FeatureFile, groups: int = 20) -> Jackknife:
+    """Jackknife of `distance_between`, over the samples; the reference counts as exact.
+
+    Args:
+        reference: statistics, or features.
+        sample: with its features.
+        groups: that are left out in turn.
+
+    Raises:
+        BadInput: a sample whose features are not at hand, or too few of them.
+    """
+    if sample.features is None:
+        raise BadInput(f"{sample.path}: jackknife: expected images or features, got statistics")
+    (n, dim), pooled, others = sample.features.shape, reference.pooled, reference.features
+    if groups < 2 or n * (groups - 1) > dim * groups:
+        parts = GroupedStatistics(dim, groups)
+        parts.update(sample.features, torch.arange(n))
+        return jackknife_frechet(parts.parts, pooled.mean, pooled.cov)
+
+    def score(rows: Tensor) -> float:
+        if others is None:
+            return frechet_samples(rows, pooled.mean, pooled.cov).value
+        return frechet_features(rows, others).value
+
+    return jackknife_features(sample.features, score, groups)

@@ -8,7 +8,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,9 @@ class InceptionExtractor(Extractor):
         self, *, weights: str | None = None, resize: Resize = "tf1", scaling: Literal["tf", "unit"] = "tf"
     ) -> None:
         super().__init__()
+        for key, value, allowed in (("resize", resize, get_args(Resize)), ("scaling", scaling, ("tf", "unit"))):
+            if value not in allowed:
+                raise BadInput(f"inception.{key}: expected one of {', '.join(allowed)}, got {value}")
         self.resize, self.scaling = resize, scaling
         remedy = "or choose the extractor random-vgg16, whose scores are no FID"
         self.file = WeightFile("inception.weights", weights or INCEPTION_URL, INCEPTION_URL, remedy)

@@ -49,6 +49,7 @@ class FeatureFile:
         spatial_features: (N, D') of sFID, or None; no file has them.
         n: number of images, or None where the file does not say.
         protocol: how the features were made, as far as the file says.
+        labels: (N,) classes of the images in their order, or None; an npz of images may have them.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class FeatureFile:
     spatial_features: np.ndarray | None = None
     n: int | None = None
     protocol: dict[str, Any] = field(default_factory=dict)
+    labels: np.ndarray | None = None
 
 
 def has_features(path: Path) -> bool:
@@ -84,7 +86,13 @@ def read_features(path: Path) -> FeatureFile:
         features = arrays[key]
         if features.ndim != 2:
             raise BadInput(f"{path}: {key}: expected (N, D), got {features.shape}")
-        statistics = StreamingStatistics(features.shape[1]).update(features)
+        statistics = StreamingStatistics(features.shape[1])
+        try:
+            statistics.update(features)
+        except BadInput as error:
+            raise BadInput(f"{path}: {key}: {error}") from error
+        if len(features) < 2:
+            raise BadInput(f"{path}: {key}: expected features of at least 2 images, got {len(features)}")
         spatial = _moments(path, arrays, "_s")
         return FeatureFile(path, digest, moments(statistics), spatial, features, n=len(features), protocol=protocol)
     pooled = _moments(path, arrays, "")
@@ -112,18 +120,18 @@ def write_features(
 
 
 def write_statistics(
-    path: Path, pooled: Moments, n: int, protocol: Mapping[str, Any], spatial: Moments | None = None
+    path: Path, pooled: Moments, n: int | None, protocol: Mapping[str, Any], spatial: Moments | None = None
 ) -> None:
     """Statistics under the keys that pytorch-fid, clean-fid and the ADM suite read.
 
     Args:
         path: of the npz.
         pooled: of the pooled features.
-        n: number of images.
+        n: number of images, or None where it is not known.
         protocol: how the features were made.
         spatial: of sFID.
     """
-    arrays = {"mu": pooled.mean, "sigma": pooled.cov, "n": np.array(n)}
+    arrays = {"mu": pooled.mean, "sigma": pooled.cov} | ({} if n is None else {"n": np.array(n)})
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
     _write(path, arrays | {"protocol": np.array(json.dumps(dict(protocol)))})
@@ -188,6 +196,8 @@ def _moments(path: Path, arrays: Mapping[str, np.ndarray], suffix: str) -> Momen
     if mu is None or sigma is None or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         shapes = [None if x is None else x.shape for x in (mu, sigma)]
         raise BadInput(f"{path}: mu{suffix}, sigma{suffix}: expected (D,) and (D, D), got {shapes[0]} and {shapes[1]}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise BadInput(f"{path}: mu{suffix}, sigma{suffix}: expected finite numbers, got NaN or infinity")
     return Moments(mu.astype(np.float64), sigma.astype(np.float64))
 
 

@@ -100,16 +100,34 @@ def frechet_features(x: Any, y: Any) -> FrechetDistance:
     if not short1 and not short2:
         a, b = StreamingStatistics(dim).update(rows1), StreamingStatistics(dim).update(rows2)
         return frechet(a.mean, a.cov, b.mean, b.cov)
-    difference = rows1.mean(0) - rows2.mean(0)
     if short1 and short2:
         a_kd, b_ld = _sample_factor(rows1), _sample_factor(rows2)
         roots = torch.linalg.svdvals(a_kd @ b_ld.mT)
         traces = a_kd.square().sum() + b_ld.square().sum()
-        return _result(difference, traces, roots, "gram", len(roots), 0.0)
-    a_kd, full = (_sample_factor(rows1), rows2) if short1 else (_sample_factor(rows2), rows1)
-    cov = StreamingStatistics(dim).update(full).cov
-    traces = a_kd.square().sum() + cov.trace()
-    return _distance(difference, traces, a_kd @ cov @ a_kd.mT, "gram_1" if short1 else "gram_2", len(a_kd))
+        return _result(rows1.mean(0) - rows2.mean(0), traces, roots, "gram", len(roots), 0.0)
+    few, many = (rows1, rows2) if short1 else (rows2, rows1)
+    whole = StreamingStatistics(dim).update(many)
+    return _from_samples(few, whole.mean, whole.cov, "gram_1" if short1 else "gram_2")
+
+
+def frechet_samples(x: Any, mu: Any, cov: Any) -> FrechetDistance:
+    """Distance of samples from a mean and covariance, as of a few images from the stored statistics of a reference.
+
+    Args:
+        x: (N, D) array or tensor, any float type, N >= 2; with N > D their covariance is taken.
+        mu: (D,) as in `frechet`.
+        cov: (D, D) as in `frechet`.
+
+    Raises:
+        BadInput: as `frechet` and `frechet_features`.
+    """
+    rows, mean = as_rows("x", x), _vector("mu", mu)
+    if rows.shape[1] != len(mean) or len(rows) < 2:
+        raise BadInput(f"x: expected (N, {len(mean)}) with N >= 2, got {tuple(rows.shape)}")
+    if len(rows) > len(mean):
+        own = StreamingStatistics(len(mean)).update(rows)
+        return frechet(own.mean, own.cov, mean, cov)
+    return _from_samples(rows, mean, _matrix("cov", cov, len(mean)), "gram_1")
 
 
 def frechet_distance_features(x: Any, y: Any) -> float:
@@ -219,6 +237,17 @@ def _sample_factor(rows_nd: Tensor) -> Tensor:
     axis[0] += 1.0
     axis /= axis.norm()
     return centred[1:] - 2 * torch.outer(axis[1:], axis @ centred)
+
+
+def _from_samples(rows_nd: Tensor, mean: Tensor, cov: Tensor, route: Route) -> FrechetDistance:
+    a_kd = _sample_factor(rows_nd)
+    difference, traces = rows_nd.mean(0) - mean, a_kd.square().sum() + cov.trace()
+    if _cholesky(cov) is not None:
+        return _distance(difference, traces, a_kd @ cov @ a_kd.mT, route, len(a_kd))
+    # Where both are deficient, zeros of the product are rounding, whose square roots are not small; those among the
+    # singular values are.
+    roots = torch.linalg.svdvals(a_kd @ _truncated("cov", cov))
+    return _result(difference, traces, roots, route, len(roots), 0.0)
 
 
 def _distance(difference: Tensor, traces: Tensor, product: Tensor, route: Route, rank: int) -> FrechetDistance:

@@ -57,6 +57,12 @@ class ImageSource:
             digest.update(f"{file.relative_to(self.path)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def format(self) -> str:
+        """How the images are stored: `npz`, `png`, `jpeg`, or several of them joined by +."""
+        suffixes = {file.suffix.lower().removeprefix(".") for file in self.files}
+        return "+".join(sorted({"jpeg" if s == "jpg" else s for s in suffixes})) or "npz"
+
     def labels(self) -> np.ndarray | None:
         """(N,) integers, `arr_1` of an npz, or None."""
         if self.files:

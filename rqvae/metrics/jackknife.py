@@ -81,13 +81,9 @@ class GroupedStatistics:
     def update(self, features: Any, positions: Tensor) -> None:
         """Add features (B, D) of the samples at `positions` (B,) int64; errors as in `StreamingStatistics.update`."""
         rows = as_rows("features", features)
-        group_of = torch.tensor([self._group(int(p)) for p in positions], dtype=torch.int64)
+        group_of = torch.tensor([_group(int(p), len(self.parts), self.seed) for p in positions], dtype=torch.int64)
         for group in group_of.unique().tolist():
             self.parts[group].update(rows[group_of == group])
-
-    def _group(self, position: int) -> int:
-        block, place = divmod(position, len(self.parts))
-        return int(np.random.default_rng([self.seed, block]).permutation(len(self.parts))[place])
 
 
 def jackknife(
@@ -108,18 +104,42 @@ def jackknife(
     whole = StreamingStatistics(parts[0].dim)
     for part in parts:
         whole.merge(part)
-    groups = len(parts)
-    estimate = score(whole)
-    without = np.array([score(whole.without(part)) for part in parts])
-    corrected = groups * estimate - (groups - 1) * float(without.mean())
-    error = float(np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum()))
-    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * error
-    return Jackknife(estimate, corrected, error, corrected - reach, corrected + reach, groups)
+    return _summary(score(whole), [score(whole.without(part)) for part in parts], confidence)
 
 
 def jackknife_frechet(parts: Sequence[StreamingStatistics], mu: Any, cov: Any, confidence: float = 0.95) -> Jackknife:
     """Error bar of the Fréchet distance to a reference that counts as exact, `mu` (D,) and `cov` (D, D)."""
     return jackknife(parts, lambda part: frechet_distance(part.mean, part.cov, mu, cov), confidence)
+
+
+def jackknife_features(
+    features: Any, score: Callable[[Tensor], float], groups: int = 20, confidence: float = 0.95, seed: int = 0
+) -> Jackknife:
+    """`jackknife` of samples at hand in the groups of `GroupedStatistics`, for a score that needs the samples.
+
+    Args:
+        features: (N, D), any float type.
+        score: what is estimated of some of the rows, float64; called G + 1 times.
+        groups: G.
+        confidence: of the interval, by the normal distribution.
+        seed: of the groups.
+
+    Raises:
+        BadInput: fewer than two groups, or fewer samples than twice as many, or what `as_rows` refuses.
+    """
+    rows = as_rows("features", features)
+    if groups < 2 or len(rows) < 2 * groups:
+        raise BadInput(f"jackknife: expected 2 to {len(rows) // 2} groups of {len(rows)} samples, got {groups}")
+    group_of = torch.tensor([_group(p, groups, seed) for p in range(len(rows))])
+    return _summary(score(rows), [score(rows[group_of != group]) for group in range(groups)], confidence)
+
+
+def interval(bar: Jackknife) -> str:
+    """Value, standard error and 95 % interval in a line."""
+    return (
+        f"{bar.bias_corrected:.6f}, standard error {bar.standard_error:.6f}, "
+        f"95 % [{bar.low:.6f}, {bar.high:.6f}], {bar.groups} groups"
+    )
 
 
 def fd_infinity(features: Any, mu: Any, cov: Any, points: int = 15, least: int = 5000, seed: int = 0) -> Extrapolation:
@@ -151,3 +171,16 @@ def fd_infinity(features: Any, mu: Any, cov: Any, points: int = 15, least: int =
         values.append(frechet_distance(part.mean, part.cov, mu, cov))
     slope, infinity = np.polyfit(1 / np.array(sizes), values, 1)
     return Extrapolation(float(infinity), float(slope), tuple(sizes), tuple(values))
+
+
+def _group(position: int, groups: int, seed: int) -> int:
+    block, place = divmod(position, groups)
+    return int(np.random.default_rng([seed, block]).permutation(groups)[place])
+
+
+def _summary(estimate: float, leaving_out: Sequence[float], confidence: float) -> Jackknife:
+    groups, without = len(leaving_out), np.array(leaving_out)
+    corrected = groups * estimate - (groups - 1) * float(without.mean())
+    error = float(np.sqrt((groups - 1) / groups * ((without - without.mean()) ** 2).sum()))
+    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * error
+    return Jackknife(estimate, corrected, error, corrected - reach, corrected + reach, groups)

@@ -16,21 +16,23 @@ from rqvae.errors import BadInput
 PAPER_N = 50_000
 GENERATION = (
     "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "seed_rule", "ema", "precision", "uint8_rule",
+    "image_format",
 )  # fmt: skip
 """How images were made; null in a result where nobody said."""
+JPEG = "jpeg"
 FEWEST_CLASSES = 0.9
 FEW_REFERENCE = 10_000
 IS_SPLIT = 5000
 
 
 def protocol(
-    reference: Mapping[str, Any], n_generated: int, identity: Mapping[str, str], generation: Mapping[str, Any]
+    reference: Mapping[str, Any], n_generated: int | None, identity: Mapping[str, str], generation: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The fields of a result.
 
     Args:
         reference: `path`, `sha256` and `n` of the reference.
-        n_generated: images.
+        n_generated: images; None where it is not known.
         identity: of the extractor.
         generation: of `GENERATION`, what is known.
     """
@@ -40,15 +42,18 @@ def protocol(
 
 
 def stated_generation(images: Path) -> dict[str, Any]:
-    """What the program that made the images says of `GENERATION`, in the JSON that `rqvae sample` writes beside them.
+    """What the program that made the images says of `GENERATION`, in the JSON that it writes beside them.
 
     Args:
-        images: FILE.npz, with FILE.json beside it, or a folder with provenance.json in it.
+        images: FILE.npz, with FILE.json beside it, or a folder with provenance.json in it, both of `rqvae sample`; or
+            the folder `images` beside the metrics.json of `rqvae recon`.
 
     Raises:
         BadInput: such a file that is not JSON.
     """
     note = images / "provenance.json" if images.is_dir() else images.with_suffix(".json")
+    if not note.is_file() and images.name == "images":
+        note = images.with_name("metrics.json")
     if not note.is_file():
         return {}
     try:
@@ -59,15 +64,29 @@ def stated_generation(images: Path) -> dict[str, Any]:
     return {key: fields[key] for key in GENERATION if key in fields} if isinstance(fields, dict) else {}
 
 
-def cautions(n: int, labels: np.ndarray | None = None, n_reference: int | None = None) -> list[str]:
+def cautions_of_pairs(n: int, image_format: str = "") -> list[str]:
+    """Warnings about reconstructions that papers' scores do not compare with.
+
+    Args:
+        n: pairs of images.
+        image_format: of the reconstructions.
+    """
+    few = [f"{n} images: published values are of {PAPER_N}"] if n < PAPER_N else []
+    return few + _of_format(image_format)
+
+
+def cautions(
+    n: int, labels: np.ndarray | None = None, n_reference: int | None = None, image_format: str = ""
+) -> list[str]:
     """Warnings about samples that papers' numbers do not compare with.
 
     Args:
         n: generated images.
         labels: (N,) their classes in file order, where they are known.
         n_reference: images of the reference, where it is known.
+        image_format: of the generated images, where it is known.
     """
-    found = []
+    found = _of_format(image_format)
     if n < PAPER_N:
         found.append(f"{n} images: FID is biased upwards by about 1/n, published values have {PAPER_N}")
     if n_reference is not None and n_reference < FEW_REFERENCE:
@@ -85,3 +104,9 @@ def cautions(n: int, labels: np.ndarray | None = None, n_reference: int | None =
             "order is too low"
         )
     return found
+
+
+def _of_format(image_format: str) -> list[str]:
+    if JPEG not in image_format:
+        return []
+    return ["images are JPEG files: what is scored has been through a lossy codec, papers' images have not"]

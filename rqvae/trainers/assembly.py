@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rqvae import remote
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import Observer
 from rqvae.callbacks.online_eval import OnlineEval
@@ -26,9 +27,12 @@ from rqvae.trainers import checkpoint, stage1_trainer, stage2_trainer
 from rqvae.trainers.cache_latents import open_cache
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.ema_snapshots import snapshots_of
+from rqvae.trainers.fetching import fetched, load_here, refresh
+from rqvae.trainers.joint_start import check_shared, job_start, made_since
 from rqvae.trainers.logging import RunLog, setup_text_log
 from rqvae.trainers.measuring import measures, parse_window
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.mirror import mirror_of
 from rqvae.trainers.online_scores import check_online_eval, row_names
 from rqvae.trainers.parallel import check_parallel
 from rqvae.trainers.part_checks import check_generator, check_parts
@@ -39,6 +43,7 @@ from rqvae.trainers.run_folder import (
     changed_keys,
     describe_environment,
     is_finished,
+    make_folder,
     note_wandb_id,
     read_config,
     same_config,
@@ -82,6 +87,7 @@ class Choice:
         wandb_id: id of the run's earlier part.
         finished: nothing is left to do.
         words: what to tell the user.
+        new: the folder is still to be made; rank 0's word, since other hosts may not see its disk.
     """
 
     folder: Path
@@ -89,38 +95,42 @@ class Choice:
     wandb_id: str | None = None
     finished: bool = False
     words: tuple[str, ...] = ()
+    new: bool = False
 
 
-def choose(request: TrainRequest, config: dict[str, Any], data: str) -> Choice:
+def choose(request: TrainRequest, config: dict[str, Any], data: str, since: float | None = None) -> Choice:
     """The same command on the same data goes on; a run that is finished stays; else a new folder. Writes nothing.
 
     Args:
         request: the command.
         config: its resolved config.
         data: the train split's fingerprint.
+        since: when this job began; with `fresh` it goes on with its own run after a restart, and with no other.
     """
-    source = str(Path(request.resume_ckpt).resolve()) if request.resume_ckpt else None
-    if not request.fresh:
-        for run in [request.folder] if request.folder else request.place.earlier():
+    source = remote.absolute(request.resume_ckpt) if request.resume_ckpt else None
+    if not request.fresh or since:
+        earlier = [request.folder] if request.folder else request.place.earlier()
+        for run in made_since(earlier, since) if request.fresh and since else earlier:
             environment = json.loads((run / "environment.json").read_text())
             same = same_config(run, config) and environment.get("data") == data
             if not same or environment.get("resumed_from") != source:
                 continue
+            refresh(run)
             if is_finished(run):
                 return Choice(run, finished=True, words=(f"{run} is finished; --fresh starts a new run",))
             load = TrainState.last_good(run)
-            start = load or (checkpoint.find(Path(source)) if source else None)
+            start = load or (checkpoint.find(fetched(source)) if source else None)
             at = f"from {load.name}" if load else "from its start: it has no checkpoint yet"
             wandb_id = request.resume_wandb_id or environment.get("wandb_id")
             return Choice(run, start, wandb_id, words=(f"going on with {run}, {at}",))
     folder = request.place.new()
     if not source:
-        return Choice(folder, wandb_id=request.resume_wandb_id, words=(f"new run {folder}",))
-    load = checkpoint.find(Path(source))
+        return Choice(folder, wandb_id=request.resume_wandb_id, words=(f"new run {folder}",), new=True)
+    load = checkpoint.find(fetched(source))
     old = load.parent.parent / "config.yaml"
     rows = changed_keys(read_config(old.parent), config) if old.exists() else []
     words = (f"new run {folder} from {load}", *(f"changed: {row}" for row in rows))
-    return Choice(folder, load, request.resume_wandb_id, words=words)
+    return Choice(folder, load, request.resume_wandb_id, words=words, new=True)
 
 
 def check(run: AnyRun, world_size: int) -> None:
@@ -138,6 +148,7 @@ def check(run: AnyRun, world_size: int) -> None:
             raise BadInput("data.latents: expected null for Stage1 (it is trained on images)")
         run.stage1.latent_shape(image_shape)
         check_blocks(run.stage1, run.train)
+        stage1_trainer.check_companions(run)
         if run.gan:
             check_gan(run.gan, run.stage1, image_shape)
     else:
@@ -217,13 +228,15 @@ class TrainingJob:
             self.run = replace(self.run, online_eval=replace(self.run.online_eval, every=None))
         stream, clock = self._open_data()
         fingerprint = stream.dataset.fingerprint()
-        choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint))
+        since = job_start(self.backend) if self.request.fresh else None
+        choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint, since))
         self.folder = choice.folder
         for line in choice.words if self.backend.rank == 0 else ():
             log.info("%s", line)
         if choice.finished:
             return 0
-        if choice.folder.exists():
+        load_here(choice.load)
+        if not choice.new:
             self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
         watching = measures(self.run, self.backend, clock)
@@ -232,11 +245,12 @@ class TrainingJob:
         if parts.latents:
             parts.latents.check_data(fingerprint)
             stream.latents = parts.latents
-        meter = Meter(self.backend)
+        self.run, meter = parts.join(self.run), Meter(self.backend)
         state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)
+        state.extras = parts.extras
         if choice.load:
             state.load(choice.load, clock)
-            if clock.step >= clock.total_steps and not choice.folder.exists():
+            if clock.step >= clock.total_steps and choice.new:
                 raise BadInput(
                     f"--resume-ckpt {choice.load}: is at step {clock.step}; expected train.steps to be more, got "
                     f"{clock.total_steps}"
@@ -272,8 +286,8 @@ class TrainingJob:
         """Make the folder where it is new, with `facts` in environment.json, and hold its lock on rank 0."""
 
         def take() -> None:
-            if not choice.folder.exists():
-                source = str(Path(self.request.resume_ckpt).resolve()) if self.request.resume_ckpt else None
+            if choice.new:
+                source = remote.absolute(self.request.resume_ckpt) if self.request.resume_ckpt else None
                 backend = self.backend
                 place = {"backend": backend.name, "device": backend.device_name, "world_size": backend.world_size}
                 place |= {"resumed_from": source}
@@ -283,6 +297,10 @@ class TrainingJob:
             self._lock = lock
 
         on_main(self.backend, take)
+        if remote.url_of(choice.folder):
+            make_folder(choice.folder, "RQVAE_CACHE")  # each host has a copy of its own
+        else:
+            check_shared(self.backend, choice.folder)
         if self._lock is None:
             self._lock = RunLock(choice.folder)  # not held: rank 0 holds it for the job
 
@@ -303,6 +321,9 @@ class TrainingJob:
             run_log = RunLog(folder, run.logging, self.request.place.project, choice.wandb_id, clock.step, self.config)
             note_wandb_id(folder, run_log.wandb_id)
             _banner(run, backend, parts, clock, folder)
+        state.mirror = mirror = mirror_of(folder)
+        if mirror:
+            on_main(backend, mirror.start)
         positions = Positions(
             clock.images, None, run.data.batch_size, run.train.accumulate, backend.rank, backend.world_size
         )
@@ -317,12 +338,20 @@ class TrainingJob:
             run_log=run_log,
             train=run.train,
             checkpoints=run.checkpoint,
-            observers=[*_observers(run, parts, watching), *self._snapshots(parts)],
+            observers=[
+                *_observers(run, parts, watching),
+                *self._snapshots(parts),
+                *(each for each in run.interventions if isinstance(each, Observer)),
+            ],
             interventions=run.interventions,
             rank_draws=parts.draws if run.train.noise == "per_rank" else {},
         )
         try:
             finished = trainer.fit()
+        except BaseException:
+            if mirror and backend.rank == 0:
+                mirror.settle()
+            raise
         finally:
             if run_log:
                 run_log.close()
@@ -330,6 +359,8 @@ class TrainingJob:
             log.warning("%d images could not be read and were skipped", skipped)
         if finished:
             on_main(backend, lambda: (folder / "FINISHED").write_text(f"step {clock.step}\n"))
+        if mirror:
+            on_main(backend, mirror.finish)
         return 0 if finished else 128 + trainer.session.signal
 
     def _snapshots(self, parts: Parts) -> list[Observer]:

@@ -12,13 +12,13 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from rqvae.backends import shard_files
@@ -96,7 +96,12 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensors]) -> None:
 
 
 def save(
-    folder: Path, tensors: Mapping[str, Tensors], meta: Mapping[str, Any], copied: bool = False, begun: bool = False
+    folder: Path,
+    tensors: Mapping[str, Tensors],
+    meta: Mapping[str, Any],
+    copied: bool = False,
+    begun: bool = False,
+    elsewhere: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint: `tensors` maps `model/stage1` to named tensors. COMPLETE is written last.
 
@@ -106,6 +111,7 @@ def save(
         meta: what meta.json is to hold.
         copied: the tensors are on the host, contiguous, and share no memory.
         begun: the folder holds the shards of other groups, which stay.
+        elsewhere: what COMPLETE is to list of files that other hosts hold.
 
     Raises:
         RunFailed: the disk is full or cannot be written; what was begun is removed, other checkpoints are untouched.
@@ -123,6 +129,7 @@ def save(
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         listing = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+        listing |= elsewhere or {}
         (folder / "COMPLETE").write_text(json.dumps(listing, indent=1))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -195,14 +202,23 @@ def read(folder: Path, name: str, like: Like = lambda _: None) -> dict[str, Tens
     file = folder / f"{name}.safetensors"
     if not file.exists():
         return _read_shards(folder, name, like)
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise BadInput(f"{file}: expected safetensors, {error}") from error
+    tensors = _load_file(file)
     targets = {key: _fitting(like(key), tuple(value.shape)) for key, value in tensors.items()}
     return {
         key: value if (target := targets[key]) is None else split_like(value, target) for key, value in tensors.items()
     }
+
+
+def _load_file(file: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            return load_file(file)
+        except OSError:
+            # It maps the file into memory, which some mounted buckets refuse (ENODEV, mmap(2)); its errors carry no
+            # number to tell that by. Whatever else was wrong is wrong again, and then raised.
+            return load(file.read_bytes())
+    except SafetensorError as error:
+        raise BadInput(f"{file}: expected safetensors, {error}") from error
 
 
 def _read_shards(folder: Path, name: str, like: Like) -> dict[str, Tensor]:
@@ -276,16 +292,31 @@ def load_into(module: nn.Module, tensors: Tensors, where: str) -> None:
     module.load_state_dict(dict(tensors))
 
 
-def prune(run: Path, saved: Path, keep_last: int, keep: set[Path]) -> None:
-    """Remove all but the newest `keep_last` checkpoints and those in `keep`; older half-written ones go too.
+def prune(run: Path, rule: Callable[[Collection[str], Collection[str]], list[str]]) -> None:
+    """Remove the checkpoints that `rule`, of all names and of the good ones, says need not stay; see `outdated`."""
+    found = [folder.name for folder in (run / "checkpoints").glob("step_*")]
+    good = [folder.name for folder in in_run(run)]
+    for name in rule(found, good):
+        folder = run / "checkpoints" / name
+        # COMPLETE goes first, so that a removal cut short leaves no folder that looks whole
+        (folder / "COMPLETE").unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def outdated(
+    found: Collection[str], good: Collection[str], saved: str, keep_last: int, keep: Collection[str]
+) -> list[str]:
+    """Names of all but the newest `keep_last` good checkpoints and those in `keep`; older half-written ones go too.
 
     Newer ones than `saved`, the one just written, are damaged ones that a resumed run has passed over: they count for
     nothing, and are written anew when the run gets there.
+
+    Args:
+        found: names of all checkpoints.
+        good: those of them that are good.
+        saved: the one just written.
+        keep_last: how many of the newest stay.
+        keep: names of others that stay.
     """
-    good = [folder for folder in in_run(run) if folder <= saved]
-    stay = set(good[-keep_last:]) | keep
-    for folder in (run / "checkpoints").glob("step_*"):
-        if folder not in stay and folder < saved:
-            # COMPLETE goes first, so that a removal cut short leaves no folder that looks whole
-            (folder / "COMPLETE").unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+    stay = {*sorted(name for name in good if name <= saved)[-keep_last:], *keep}
+    return [name for name in found if name not in stay and name < saved]

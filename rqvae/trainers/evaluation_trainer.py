@@ -20,6 +20,7 @@ from rqvae.models.interfaces import Stage1Model
 from rqvae.randomness import Draw
 from rqvae.run import DataSettings
 from rqvae.trainers import checkpoint
+from rqvae.trainers.fetching import fetched
 
 
 @dataclass
@@ -107,10 +108,10 @@ def load_stage1(stage1: Stage1Model, path: str | None, where: str = "stage1_chec
     if path is None:
         if not stage1.pretrained and any(True for _ in stage1.parameters()):
             raise BadInput(f"{where}: expected a run or checkpoint folder for {type(stage1).__name__}, got null")
-    elif (Path(path) / "stage1" / "model.safetensors").exists():  # a folder that `python -m rqvae export` wrote
-        checkpoint.load_into(stage1, checkpoint.read(Path(path), "stage1/model"), f"{path}/stage1/model.safetensors")
+    elif ((folder := fetched(path)) / "stage1" / "model.safetensors").exists():  # what `python -m rqvae export` wrote
+        checkpoint.load_into(stage1, checkpoint.read(folder, "stage1/model"), f"{path}/stage1/model.safetensors")
     else:
-        load_evaluated(stage1, "stage1", Path(path))
+        load_evaluated(stage1, "stage1", folder)
     return checkpoint.tensors_sha256(stage1.state_dict())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class ReferenceRequest:
         kept: features or statistics; None is features where there are no more images than dimensions.
         extractor: inception, random-vgg16 or a class path.
         weights: file or URL of inception's weights, None for the published ones.
+        extractor_args: more arguments of the extractor's constructor.
     """
 
     out: Path
@@ -44,6 +45,7 @@ class ReferenceRequest:
     kept: Kept | None = None
     extractor: str = "inception"
     weights: str | None = None
+    extractor_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".npz":
@@ -71,7 +73,7 @@ def make_reference(run: AnyRun, backend: Backend, request: ReferenceRequest) -> 
     if walk.count(request.images) < 2:
         raise BadInput(f"data.dataset: {request.split}: expected at least 2 images, got {len(walk.stream)}")
     own = {} if request.weights is None else {"weights": request.weights}
-    extractor = load_extractor(request.extractor, backend, "--extractor", **own)
+    extractor = load_extractor(request.extractor, backend, "--extractor", **{**own, **request.extractor_args})
     sums = measure_originals(walk, extractor, request.images, keep=request.kept == "features")
     facts = describe(walk, extractor, sums.n)
 

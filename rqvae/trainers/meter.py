@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from rqvae.backends import Backend
 
 _LEFT_OUT = " left out"
 _SUM = " sum"
+_GROUPS = " groups"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Window:
 
     Args:
         backend: for the mean over ranks.
-        sums: (1,) on the device, by name.
+        sums: (1,) on the device, by name; of groups (2, G), sums and numbers of samples.
         counts: observations in each sum, the same on every rank.
     """
 
@@ -32,25 +33,45 @@ class Window:
     @property
     def names(self) -> set[str]:
         """What `means` adds to a row."""
-        return {key for key in self.sums if not key.endswith(_LEFT_OUT)}
+        means = {key for key in self.sums if not key.endswith((_LEFT_OUT, _GROUPS))}
+        return means | {name for key in self.sums for name in self._groups(key)}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """What is to be read from the device, under names that are no row's."""
-        return {key + _SUM: value for key, value in self.sums.items()}
+        return {key + _SUM: value for key, value in self._scalars()}
 
     def means(self, values: Mapping[str, float]) -> dict[str, float]:
         """The means over micro-batches and ranks, and those of `values` that are no sums. Collective.
 
-        A value whose observations were all left out is NaN.
+        A value whose observations were all left out is NaN; a group that had no sample has no value.
         """
         others = {key: value for key, value in values.items() if not key.endswith(_SUM)}
         if not self.sums:
             return others
-        own = torch.tensor([values[key + _SUM] for key in self.sums], dtype=torch.float64)
-        sums = dict(zip(self.sums, self.backend.all_reduce(own, "mean").tolist(), strict=True))
+        keys = [key for key, _ in self._scalars()]
+        own = torch.tensor([values[key + _SUM] for key in keys], dtype=torch.float64)
+        sums = dict(zip(keys, self.backend.all_reduce(own, "mean").tolist(), strict=True))
         counted = {key: self.counts[key] - sums.get(key + _LEFT_OUT, 0.0) for key in self.sums if key in self.names}
-        return {key: sums[key] / count if count else math.nan for key, count in counted.items()} | others
+        means = {key: sums[key] / count if count else math.nan for key, count in counted.items()}
+        for key in self.sums:
+            names = self._groups(key)
+            for g, name in enumerate(names):
+                if samples := sums[f"{key} {len(names) + g}"]:
+                    means[name] = sums[f"{key} {g}"] / samples
+        return means | others
+
+    def _groups(self, key: str) -> list[str]:
+        """What a row calls the groups of a sum; none for another sum."""
+        name, mark, _ = key.partition(_GROUPS)
+        return [f"{name}_{g}" for g in range(self.sums[key].shape[1])] if mark else []
+
+    def _scalars(self) -> Iterator[tuple[str, Tensor]]:
+        for key, value in self.sums.items():
+            if key.endswith(_GROUPS):
+                yield from ((f"{key} {i}", x) for i, x in enumerate(value.flatten().split(1)))
+            else:
+                yield key, value
 
 
 class Meter:
@@ -79,11 +100,27 @@ class Meter:
                 value = torch.where(applied, value, torch.zeros_like(value))
             self._add(key, value)
 
+    def add_groups(self, name: str, values_b: Tensor, group_b: Tensor, groups: int, prefix: str = "train/") -> None:
+        """One observation of each sample (B,), whose mean over a group the row has as `NAME_GROUP`.
+
+        Args:
+            name: of the values.
+            values_b: (B,).
+            group_b: (B,) integers in [0, groups).
+            groups: how many there are.
+            prefix: of the names in the log.
+        """
+        values_b = values_b.detach().to(torch.promote_types(values_b.dtype, torch.float32))
+        member_bg = group_b[:, None] == torch.arange(groups, device=group_b.device)
+        # where, as a NaN times 0 would be in the sums of all groups
+        sums_g = torch.where(member_bg, values_b[:, None], torch.zeros_like(values_b[:, None])).sum(0)
+        self._add(f"{prefix}{name}{_GROUPS}", torch.stack([sums_g, member_bg.sum(0).to(sums_g.dtype)]))
+
     def _add(self, key: str, value: Tensor) -> None:
         if key not in self._zeros:
             # from the host, kept, and with an axis (a scalar 0 is not data to every compiler): a graph that begins a
             # row is then the same as one that goes on with it
-            self._zeros[key] = torch.zeros(1, dtype=value.dtype).to(value.device)
+            self._zeros[key] = torch.zeros(value.shape or 1, dtype=value.dtype).to(value.device)
         self.sums[key] = self.sums.get(key, self._zeros[key]) + value
         self.counts[key] = self.counts.get(key, 0) + 1
 

@@ -1,4 +1,4 @@
-"""Updates that were left out because their gradients were not finite: counted on the device, read with a row."""
+"""Updates left out as their gradients were not finite, or unusually large: counted on the device, read with a row."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _EXCEEDED = "exceeded/"
+_USUAL_OVER = 100
+"""Updates that the running mean of the norm looks back over, and that must have been before it says what is usual."""
 
 
 class Skips:
@@ -24,8 +26,17 @@ class Skips:
         # (1,) and from the host, never changed in place: every step's graph is then the same, as in `Meter`
         self._zeros = {name: torch.zeros(1, dtype=torch.int64).to(device) for name in names}
         self._streak, self._in_row, self._exceeded_at = dict(self._zeros), dict(self._zeros), dict(self._zeros)
+        self._applied = dict(self._zeros)
+        self._usual = {name: torch.zeros(1).to(device) for name in names}
+        self._infinity = torch.full((1,), torch.inf).to(device)
 
-    def judge(self, name: str, norm: Tensor, step: int, limit: int) -> Tensor:
+    def ceiling(self, name: str, factor: float | None) -> Tensor:
+        """The largest norm, (1,) on the device, of an update that is applied: inf but where `factor` says otherwise."""
+        if factor is None:
+            return self._infinity
+        return torch.where(self._applied[name] < _USUAL_OVER, self._infinity, factor * self._usual[name])
+
+    def judge(self, name: str, norm: Tensor, step: int, limit: int, at_most: Tensor | None = None) -> Tensor:
         """Take note of an update.
 
         Args:
@@ -33,18 +44,30 @@ class Skips:
             norm: of its gradients, after their mean over ranks; scalar.
             step: number of the step, counted from 1.
             limit: how many in a row may be left out.
+            at_most: what `ceiling` said; None is inf.
 
         Returns:
             Scalar bool on the device: whether the update was applied.
         """
         self.in_use = True
         applied = norm.isfinite()
+        if at_most is not None:
+            applied = applied & (norm <= at_most.reshape(()))
+            self._note_usual(name, norm, applied)
         streak = (self._streak[name] + 1) * ~applied
         first = (streak > limit) & (self._exceeded_at[name] == 0)
         self._exceeded_at[name] = torch.where(first, step, self._exceeded_at[name])
         self._in_row[name] = self._in_row[name] + ~applied
         self._streak[name] = streak
         return applied
+
+    def _note_usual(self, name: str, norm: Tensor, applied: Tensor) -> None:
+        """A mean over all updates until there are `_USUAL_OVER`, exponential from there on."""
+        count = self._applied[name] + applied
+        share = 1 / count.clamp(1, _USUAL_OVER)
+        usual = self._usual[name]
+        self._usual[name] = torch.where(applied, usual + share * (norm.to(usual.dtype) - usual), usual)
+        self._applied[name] = count
 
     def row(self) -> dict[str, Tensor]:
         """`train/skipped_steps` of each update since the last row, forgotten with it, and the marks for `exceeded`."""
@@ -73,11 +96,14 @@ class Skips:
         """What a checkpoint keeps; a state with a mark is never saved."""
         if not self.in_use:
             return {}
-        parts = {"streak": self._streak, "in_row": self._in_row}
+        parts = self._parts()
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with the counts of a checkpoint; an empty state leaves them at 0."""
         for key, value in state.items():
             part, _, name = key.partition(".")
-            {"streak": self._streak, "in_row": self._in_row}[part][name] = value.clone()
+            self._parts()[part][name] = value.clone()
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        return {"streak": self._streak, "in_row": self._in_row, "applied": self._applied, "usual": self._usual}

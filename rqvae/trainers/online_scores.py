@@ -290,4 +290,5 @@ class OnlineScores:
 
     def _generation(self) -> dict[str, Any]:
         own = {"ema": self.weights, "precision": self.precision, "uint8_rule": UINT8_RULE}
+        own["image_format"] = "none: scored in memory"
         return {**self.maker.facts(), **own}

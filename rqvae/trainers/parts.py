@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from rqvae.backends import Backend, Precision
 from rqvae.backends.sharded import gathered
-from rqvae.callbacks.interfaces import RunView
+from rqvae.callbacks.interfaces import Intervention, Observer, RunView, Stateful
 from rqvae.diagnostics.plan import apply_plan, read_plan
 from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.latent_cache import LatentCache
@@ -23,6 +23,7 @@ from rqvae.models.ema import EMA
 from rqvae.models.interfaces import Stage1Model, Stage2Model
 from rqvae.models.power_ema import PowerEMA
 from rqvae.randomness import Draw
+from rqvae.run import AnyRun
 from rqvae.trainers.settings import EmaSettings, TrainSettings
 from rqvae.trainers.updates import Update
 
@@ -42,6 +43,8 @@ class Parts:
         facts: goes into every checkpoint's meta.json.
         must_match: facts that a resumed run must share.
         before_start: done once, on a run that starts at step 0.
+        companions: observers and interventions that the stage brings along.
+        extras: those of them that keep a state, by file name.
         latents: cached latents that the train split gives in place of images.
     """
 
@@ -56,6 +59,15 @@ class Parts:
     must_match: tuple[str, ...] = ()
     before_start: Callable[[], None] | None = None
     latents: LatentCache | None = None
+    companions: Sequence[Observer | Intervention] = ()
+    extras: Mapping[str, Stateful] = field(default_factory=dict)
+
+    def join(self, run: AnyRun) -> AnyRun:
+        """The run with the companions among its observers and interventions; one that is both is an intervention."""
+        acting = [each for each in self.companions if isinstance(each, Intervention)]
+        watching = [each for each in self.companions if not isinstance(each, Intervention)]
+        observers = [*run.observers, *watching]
+        return replace(run, observers=observers, interventions=[*run.interventions, *acting])
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[None]:

@@ -14,17 +14,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from rqvae import remote
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
 from rqvae.files import replacing
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.protocol import protocol
+from rqvae.metrics.images import ImageSource
+from rqvae.metrics.protocol import cautions_of_pairs, protocol
 from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, ReconstructionScores
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, reconstruct
+from rqvae.trainers.fetching import fetched, refresh
+from rqvae.trainers.joint_start import check_shared
 from rqvae.trainers.logging import add_to_wandb
+from rqvae.trainers.mirror import mirror_of
 from rqvae.trainers.parts import compile_planned, on_main
 from rqvae.trainers.run_folder import check_can_write, make_folder
 
@@ -42,6 +47,7 @@ class ReconRequest:
         wandb_id: W&B run that gets the scores, as `recon/psnr` and so on; None for none.
         grid_images: images in a grid.
         compile_plan: file that `diagnose` wrote, see `rqvae.diagnostics.plan`.
+        originals: whether the images that were reconstructed are written, too, as `eval.psnr_ssims` takes them.
     """
 
     folder: Path
@@ -50,6 +56,7 @@ class ReconRequest:
     wandb_id: str | None = None
     grid_images: int = 16
     compile_plan: str | None = None
+    originals: bool = True
 
     @property
     def source(self) -> str | None:
@@ -59,14 +66,14 @@ class ReconRequest:
 
 def check_request(run: AnyRun, request: ReconRequest) -> None:
     """Raise BadInput for two different checkpoints, a folder that cannot be written, or an unfit image size."""
-    if request.ckpt and request.resume_ckpt and Path(request.ckpt).resolve() != Path(request.resume_ckpt).resolve():
+    if request.ckpt and request.resume_ckpt and remote.absolute(request.ckpt) != remote.absolute(request.resume_ckpt):
         raise BadInput(f"CKPT {request.ckpt} and RESUME_CKPT {request.resume_ckpt} differ: expected one checkpoint")
     run.stage1.latent_shape(run.data.make("test")[0].spec.image_shape)
     check_can_write(request.folder, "SAVE_DIR")
 
 
 def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> dict[str, float]:
-    """Write `images/INDEX.png`, `grids/` and `metrics.json`; returns PSNR and SSIM of the 8-bit images.
+    """Write `images/INDEX.png`, `originals/`, `grids/` and `metrics.json`; returns PSNR and SSIM of the 8-bit images.
 
     Image i is scored from its file, so that a run that was cut off and repeated gives the same numbers.
     """
@@ -77,15 +84,17 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
     on_main(backend, lambda: walk.stream and None)
     facts = {"stage1_sha256": weights, "data": walk.stream.dataset.fingerprint(), "checkpoint": request.source}
     on_main(backend, lambda: _claim(request, facts))
-    images = request.folder / "images"
+    check_shared(backend, request.folder)
     sums = ReconstructionScores(backend.device, backend.widest_float)
     per_step = max(1, run.data.batch_size)
     bar = tqdm(total=len(walk.stream), desc=request.folder.name, unit="image", disable=backend.rank > 0)
     for batch, valid in walk.batches():
         assert batch.sample_id is not None
-        ids = batch.sample_id.tolist()
+        names = [f"{i:06d}.png" for i in batch.sample_id.tolist()]
         original = batch.require_img()
-        recon = _read_or_reconstruct(stage1, original, [images / f"{i:06d}.png" for i in ids], valid)
+        recon = _read_or_reconstruct(stage1, original, [request.folder / "images" / name for name in names], valid)
+        if request.originals:
+            _write([request.folder / "originals" / name for name in names], original, valid)
         sums.update(recon, original, valid)
         bar.update(min(per_step, len(walk.stream) - bar.n))
     bar.close()
@@ -97,12 +106,13 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
 
 def _claim(request: ReconRequest, facts: dict[str, str | None]) -> None:
     """Make the folder; refuse one that holds the images of other weights or of other data."""
+    refresh(request.folder)
     note = request.folder / "stage1.json"
     held = json.loads(note.read_text()) if note.exists() else facts
     for key in ("stage1_sha256", "data"):
         if held[key] != facts[key]:
             raise BadInput(f"{request.folder}: holds reconstructions with {key} {held[key]}, expected {facts[key]}")
-    for part in ("images", "grids"):
+    for part in ("images", "grids", *(["originals"] if request.originals else [])):
         make_folder(request.folder / part, "SAVE_DIR")
     note.write_text(json.dumps(facts))
 
@@ -113,11 +123,19 @@ def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path
         arrays = np.stack([np.asarray(Image.open(file)) for file in files])
         return torch.from_numpy(arrays).permute(0, 3, 1, 2).to(original.device, original.dtype) / 255
     recon = reconstruct(stage1, original)
-    for file, picture, counts in zip(files, as_pictures(recon), valid.tolist(), strict=True):
-        if counts:
+    _write(files, recon, valid)
+    return recon
+
+
+def _write(files: list[Path], images: Tensor, valid: Tensor) -> None:
+    """The images (B, 3, H, W) that count, those that an earlier call wrote left as they are."""
+    wanted = [counts and not file.exists() for file, counts in zip(files, valid.tolist(), strict=True)]
+    if not any(wanted):
+        return
+    for file, picture, is_wanted in zip(files, as_pictures(images), wanted, strict=True):
+        if is_wanted:
             with replacing(file) as temporary:
                 Image.fromarray(picture.transpose(1, 2, 0)).save(temporary)
-    return recon
 
 
 def _finish(
@@ -130,15 +148,26 @@ def _finish(
     Image.fromarray(grid).save(request.folder / "grids" / "reconstructions.png")
     meta: dict[str, Any] = {}
     if request.source:
-        meta = checkpoint.read_meta(checkpoint.find(Path(request.source)))
+        meta = checkpoint.read_meta(checkpoint.find(fetched(request.source)))
     step = meta["clock"]["step"] if meta else None
-    made = {"ema": meta.get("evaluate"), "precision": "float32", "uint8_rule": UINT8_RULE}
+    made = {"ema": meta.get("evaluate"), "precision": "float32", "uint8_rule": UINT8_RULE, "image_format": "png"}
     made["seed_rule"] = "no random numbers: the encoding's mean"
-    of_originals = {"path": None, "sha256": None, "n": len(walk.stream), "split": "test", "data": facts["data"]}
+    of_originals = {**_originals(request), "n": len(walk.stream), "split": "test", "data": facts["data"]}
     skipped = getattr(walk.stream.dataset, "skipped", 0)
     convention = ", ".join(CONVENTIONS.values())
     text = {**scores, "n": len(walk.stream), "skipped": skipped, "step": step, **facts, "convention": convention}
     text["protocol"] = protocol(of_originals, len(walk.stream), {}, made)
+    text["warnings"] = cautions_of_pairs(len(walk.stream))
     (request.folder / "metrics.json").write_text(json.dumps(text, indent=1))
+    if mirror := mirror_of(request.folder):
+        mirror.send()
     if request.wandb_id:
         add_to_wandb(request.folder, request.wandb_id, {f"recon/{name}": value for name, value in scores.items()})
+
+
+def _originals(request: ReconRequest) -> dict[str, str | None]:
+    """Where they are and their sha256, that of `eval.psnr_ssims`; null where they were not written."""
+    if not request.originals:
+        return {"path": None, "sha256": None}
+    folder = request.folder / "originals"
+    return {"path": str(folder), "sha256": ImageSource(folder).sha256()}

@@ -35,7 +35,7 @@ from rqvae.trainers.parts import on_main
 Kept = Literal["features", "statistics"]
 
 
-def load_extractor(choice: str | Extractor, backend: Backend, key: str, **arguments: str) -> Extractor:
+def load_extractor(choice: str | Extractor, backend: Backend, key: str, **arguments: Any) -> Extractor:
     """An extractor on this rank's device.
 
     Args:

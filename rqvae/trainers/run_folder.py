@@ -18,9 +18,10 @@ from typing import IO, Any
 import torch
 import yaml
 
+from rqvae import remote
 from rqvae.errors import BadInput
-from rqvae.files import write_json
-from rqvae.trainers.heartbeat import Heartbeat
+from rqvae.files import write_json, write_whole
+from rqvae.trainers.heartbeat import Heartbeat, RemoteHeartbeat
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Keys that say where, with how many processes and how watched a run is computed, not what is computed. Other data under
@@ -53,21 +54,32 @@ def make_folder(folder: Path, what: str) -> None:
 
 
 def check_can_write(folder: Path, what: str) -> None:
-    """BadInput unless `folder`, or the nearest one above it that exists, can be written. Makes nothing."""
+    """BadInput unless `folder`, or the nearest one above it that exists, can be written, and its URL. Makes nothing."""
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise BadInput(f"{what} {folder}: expected a folder that can be written, {nearest} is not")
+    if url := remote.url_of(folder):
+        remote.Store(url).check_writable(what)
 
 
 @dataclass(frozen=True)
 class RunPlace:
-    """Where a run lives: `save_dir/project/run_name_TIME`."""
+    """Where a run lives: `save_dir/project/run_name_TIME`. Of a URL `save_dir` is the copy (`rqvae/remote.py`)."""
 
     save_dir: Path
     project: str
     run_name: str
+
+    @classmethod
+    def at(cls, save_dir: str | Path, project: str, run_name: str) -> RunPlace:
+        """The place that SAVE_DIR, a path or a URL, PROJECT and RUN_NAME are.
+
+        Raises:
+            BadInput: a URL that is none.
+        """
+        return cls(remote.place_of(save_dir), project, run_name)
 
     @property
     def parent(self) -> Path:
@@ -76,18 +88,31 @@ class RunPlace:
 
     def check_writable(self) -> None:
         """Raise BadInput unless the folder can be made and written."""
-        if "://" in str(self.save_dir) or ":/" in str(self.save_dir):
-            raise BadInput(f"SAVE_DIR {self.save_dir}: expected a folder (a mounted bucket is one), got a URL")
+        if ":/" in str(self.save_dir):
+            raise BadInput(f"SAVE_DIR {self.save_dir}: expected a folder, or a URL as text: a Path takes a / from it")
         for name in (self.project, self.run_name):
             if not name or "/" in name:
                 raise BadInput(f"PROJECT and RUN_NAME: expected names without /, got {name!r}")
         check_can_write(self.parent, "SAVE_DIR")
 
     def earlier(self) -> list[Path]:
-        """Runs of this name, newest first."""
-        named = self.parent.glob(f"{glob.escape(self.run_name)}_*")
+        """Runs of this name, newest first; at a URL those that are there, whatever this machine has copies of."""
+        url = remote.url_of(self.parent)
+        named = self._at(url) if url else self.parent.glob(f"{glob.escape(self.run_name)}_*")
         found = [p for p in named if (p / "config.yaml").exists() and (p / "environment.json").exists()]
         return sorted((p for p in found if _is_time(p.name[len(self.run_name) + 1 :])), reverse=True)
+
+    def _at(self, url: str) -> list[Path]:
+        """Copies of the folders of this name at a URL, with the files by which the same run is told."""
+        store = remote.Store(url)
+        folders = [self.parent / name for name in store.folders() if name.startswith(f"{self.run_name}_")]
+        for folder in folders:
+            for name in ("config.yaml", "environment.json"):
+                content = store.read(f"{folder.name}/{name}")
+                if content is not None:
+                    make_folder(folder, "RQVAE_CACHE")
+                    write_whole(folder / name, content)
+        return folders
 
     def new(self) -> Path:
         """A folder name that does not exist yet, with the present time."""
@@ -186,41 +211,52 @@ def describe_environment(**more: Any) -> dict[str, Any]:
 class RunLock:
     """A lock on the run's folder.
 
-    The OS's, freed by any death of the process that holds it; a heartbeat where the file system has no locks.
+    The OS's, freed by any death of the process that holds it; a heartbeat where the file system has no locks. A run at
+    a URL has a heartbeat there besides, for other machines.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         self._file: IO[str] | None = None
-        self._heartbeat: Heartbeat | None = None
+        self._heartbeats: list[Heartbeat] = []
 
     def acquire(self) -> None:
         """Raise BadInput when another process trains in this folder."""
+        self._acquire_here()
+        if url := remote.url_of(self.path.parent):
+            try:
+                self._beat(RemoteHeartbeat(url))
+            except BaseException:
+                self.release()
+                raise
+
+    def _beat(self, heartbeat: Heartbeat) -> None:
+        heartbeat.acquire()
+        self._heartbeats.append(heartbeat)
+
+    def _acquire_here(self) -> None:
         file = self.path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
             if error.errno in _NO_LOCKS:
-                heartbeat = Heartbeat(self.path.parent)
-                heartbeat.acquire()
-                self._heartbeat = heartbeat
-                return
+                return self._beat(Heartbeat(self.path.parent))
             raise BadInput(
                 f"{self.path.parent}: another run is training in this folder (it holds {self.path})"
             ) from None
         self._file = file
+        return None
 
     @property
     def lost(self) -> bool:
         """Whether another process holds it by now; only a heartbeat can be lost."""
-        return self._heartbeat is not None and self._heartbeat.lost
+        return any(heartbeat.lost for heartbeat in self._heartbeats)
 
     def release(self) -> None:
         """Free the lock."""
+        while self._heartbeats:
+            self._heartbeats.pop().release()
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._heartbeat is not None:
-            self._heartbeat.release()
-            self._heartbeat = None

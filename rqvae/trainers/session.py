@@ -7,6 +7,7 @@ import logging
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,9 @@ from rqvae.processes import stop_signals
 from rqvae.trainers.run_folder import RunLock
 
 log = logging.getLogger(__name__)
+Wish = Literal["checkpoint", "stop"]
+_WISHES: tuple[Wish | None, ...] = (None, "checkpoint", "stop")
+"""The later ones take precedence."""
 
 
 class Session:
@@ -32,6 +36,8 @@ class Session:
     def __init__(self, folder: Path, lock: RunLock | None, check_seconds: float) -> None:
         self.folder, self._lock, self._every = folder, lock, check_seconds
         self.signal = 0
+        self.granted: Wish | None = None
+        self._asked: dict[Wish, str] = {}
         self._stack = contextlib.ExitStack()
         self._steps, self._next_check, self._since = 0, 1, time.monotonic()
 
@@ -48,6 +54,16 @@ class Session:
         # A second signal changes nothing: it does not interrupt the checkpoint that the first one asked for.
         self.signal = self.signal or number
 
+    def ask(self, what: Wish, why: str) -> None:
+        """What the ranks are to do when they have agreed on it; the first reason stays."""
+        self._asked.setdefault(what, why)
+
+    def fulfil(self) -> str:
+        """Forget the wish that was granted; its reason, "" on ranks that did not ask."""
+        assert self.granted is not None
+        why, self.granted = self._asked.pop(self.granted, ""), None
+        return why
+
     def stopping(self, backend: Backend) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank.
 
@@ -59,15 +75,19 @@ class Session:
         """
         if self._lock and self._lock.lost:
             raise RunFailed(f"{self.folder}: another process trains in this folder since this one was silent for long")
+        wish = max((_WISHES.index(what) for what in self._asked), default=0)
         if backend.world_size == 1:
+            self.granted = _WISHES[wish]
             return bool(self.signal)
         if self._steps < self._next_check:
             self._steps += 1
             return False
         seconds = max(1e-3, time.monotonic() - self._since)
-        wish = min(1000.0, max(1.0, self._steps * self._every / seconds))
-        # the slowest rank decides on the number of steps: max of (signal, -wish)
-        votes = backend.all_reduce(torch.tensor([float(self.signal), -wish], device=backend.device), "max").tolist()
+        steps = min(1000.0, max(1.0, self._steps * self._every / seconds))
+        # the slowest rank decides on the number of steps: max of (signal, -steps, wish)
+        mine = torch.tensor([float(self.signal), -steps, float(wish)], device=backend.device)
+        votes = backend.all_reduce(mine, "max").tolist()
+        self.granted = _WISHES[int(votes[2])]
         self._steps, self._next_check, self._since = 0, max(1, int(-votes[1])), time.monotonic()
         self.signal = int(votes[0])
         return bool(self.signal)

@@ -60,6 +60,8 @@ class TrainSettings:
             measured against; null takes it from a table of devices and leaves train/mfu out where it is not there.
         skip_nonfinite: an update whose gradients are not finite is left out, on all ranks, with weights, moments and
             averages as they were, up to so many times in a row; once more stops the run. 0 stops it at the next row.
+        skip_spikes: with `skip_nonfinite`, an update is also left out whose gradients' norm is more than so many times
+            the running mean over about 100 updates (after the first 100); null leaves out none.
     """
 
     steps: DurationText = "100k steps"
@@ -77,6 +79,7 @@ class TrainSettings:
     stop_check_seconds: float = 2.0
     peak_tflops: float | None = None
     skip_nonfinite: int = 0
+    skip_spikes: float | None = None
 
     def __post_init__(self) -> None:
         _check_durations("train", steps=self.steps, log_every=self.log_every)
@@ -85,6 +88,13 @@ class TrainSettings:
         _at_least("train", 1, accumulate=self.accumulate)
         _at_least("train", 0, threads=self.threads, stop_check_seconds=self.stop_check_seconds)
         _at_least("train", 0, skip_nonfinite=self.skip_nonfinite)
+        if self.skip_spikes is not None:
+            _at_least("train", 1, skip_spikes=self.skip_spikes)
+            if self.skip_nonfinite < 1 or self.precision == "fp16":
+                raise BadInput(
+                    "train.skip_spikes: expected train.skip_nonfinite of at least 1 and a precision other than fp16, "
+                    f"got {self.skip_nonfinite} and {self.precision}"
+                )
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise BadInput(f"train.peak_tflops: expected more than 0 or null, got {self.peak_tflops}")
         if Duration.parse(self.steps).unit == "percent":
@@ -120,6 +130,7 @@ class CheckpointSettings:
         best: the checkpoint with the best value of a metric stays too; null is none.
         asynchronous: copy to the host's memory in the step, and write the files while training goes on. The next
             checkpoint, the end of the run and a signal wait for it. Takes memory for a copy of all that is saved.
+        final_model: write the autoencoder as RUN/final_model/vae in diffusers' format after the last step (Stage1).
     """
 
     every: DurationText = "5k steps"
@@ -127,6 +138,7 @@ class CheckpointSettings:
     keep_every: DurationText | None = None
     best: BestSettings | None = None
     asynchronous: bool = False
+    final_model: bool = False
 
     def __post_init__(self) -> None:
         _check_durations("checkpoint", every=self.every, keep_every=self.keep_every)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.backends import Backend, LossScaler
+from rqvae.callbacks.channels.dynamics import ChannelDynamics, check_settings
+from rqvae.callbacks.final_model import FinalModel, check_has_form
+from rqvae.callbacks.interfaces import Intervention, Observer, Stateful
 from rqvae.contracts import check_shape, check_type
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
@@ -175,8 +178,9 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         wrapped = wrapped_discriminator
         own_scaler = backend.loss_scaler()
         updates.append(Update("discriminator", module, wrapped, loss, settings, starts, make, own_scaler))
+    companions, extras = _companions(run, stage1, backend)
     val, ema = SplitWalk(run.data, "val", backend, dtype), make_ema(stage1, run.ema)
-    return Parts(
+    parts = Parts(
         modules=modules,
         updates=updates,
         ema=ema,
@@ -185,4 +189,27 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
         picture=("reconstructions", lambda: reconstruction_grid(stage1, val, run.pictures.images)),
         evaluate=prepare(run, backend, lambda walk: Reconstructions(stage1, walk, run.online_eval.images), ema),
         facts={"stage": 1, "model": type(stage1).__qualname__},
+        companions=companions,
+        extras=extras,
     )
+    if run.checkpoint.final_model:
+        parts.companions = [*companions, FinalModel(stage1, parts.evaluated)]
+    return parts
+
+
+def _companions(
+    run: Stage1Run, stage1: Stage1Model, backend: Backend
+) -> tuple[list[Observer | Intervention], dict[str, Stateful]]:
+    """Channel tracking, where it is asked for, and its state."""
+    check_settings(stage1, run.tracking, run.intervention)
+    if not run.tracking.enabled:
+        return [], {}
+    dynamics = ChannelDynamics(stage1, run.tracking, run.intervention, backend, run.train.seed)
+    return [dynamics], {"channels": dynamics}
+
+
+def check_companions(run: Stage1Run) -> None:
+    """That the layers to track are there, and that the final model has a form in diffusers."""
+    check_settings(run.stage1, run.tracking, run.intervention)
+    if run.checkpoint.final_model:
+        check_has_form(run.stage1)

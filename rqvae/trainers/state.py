@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from rqvae.backends import Backend
+from rqvae.callbacks.interfaces import Stateful
 from rqvae.durations import Duration
 from rqvae.errors import BadInput, RunFailed
 from rqvae.models.ema import EMA
@@ -20,6 +21,7 @@ from rqvae.trainers import checkpoint
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.finite import first_not_finite
 from rqvae.trainers.meter import Meter
+from rqvae.trainers.mirror import Mirror
 from rqvae.trainers.nonfinite import Skips
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.settings import CheckpointSettings
@@ -40,6 +42,8 @@ class TrainState:
         updates: their optimizers are saved under the update's name.
         meter: sums since the last row; `skips` are the updates that were left out.
         facts: goes into meta.json; `must_match` names those that a resumed run must share.
+        extras: what else keeps a state, by file name.
+        mirror: sends the run to its URL; None for a run in a folder of this machine alone.
     """
 
     backend: Backend
@@ -49,11 +53,13 @@ class TrainState:
     meter: Meter
     facts: dict[str, Any]
     must_match: tuple[str, ...] = ()
+    mirror: Mirror | None = None
+    extras: Mapping[str, Stateful] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.skips = Skips([update.name for update in self.updates], self.backend.device)
         self._best: dict[str, Any] | None = None
-        self._writer = BackgroundWriter()
+        self._writer, self._sender = BackgroundWriter(), BackgroundWriter()
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Tensors by file name."""
@@ -64,6 +70,7 @@ class TrainState:
             **{f"{ema.name}/{main}": ema.state_dict() for ema in self.ema},
             **{f"optimizer/{update.name}": update.state_dict() for update in self.updates},
             **({"log/skips": skips} if skips else {}),
+            **{f"callbacks/{name}": extra.state_dict() for name, extra in self.extras.items()},
         }
 
     def is_best(self, values: Mapping[str, float], step: int, settings: CheckpointSettings) -> bool:
@@ -87,7 +94,7 @@ class TrainState:
 
         Raises:
             RunFailed: something of it is not finite, or it cannot be written; with `checkpoint.asynchronous`, also
-                where the one before could not be written.
+                where the one before could not be written; at a URL, where the one before could not be sent.
         """
         sums, counts = self.meter.state()
         groups = {"log/sums": sums, **self.tensors()}
@@ -99,14 +106,17 @@ class TrainState:
             if not on_main(self.backend, lambda: self._begin(_folder(run, clock.step), groups)):
                 return
             checkpoint.write_shards(_folder(run, clock.step), split)
+        sent = self.mirror.send_shards(self.backend, _folder(run, clock.step)) if split and self.mirror else {}
         rest = {name: group for name, group in groups.items() if name not in split}
-        on_main(self.backend, lambda: self._write(run, clock, settings, rest, counts, bool(split)))
+        on_main(self.backend, lambda: self._write(run, clock, settings, rest, counts, sent if split else None))
 
     def _begin(self, folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
         """Make room for shards; False where the checkpoint is there already."""
-        self._writer.wait()
+        self._wait()
         if checkpoint.is_undamaged(folder):
             return False
+        if self.mirror:
+            self.mirror.forget(folder)
         checkpoint.begin(folder, groups)
         return True
 
@@ -117,8 +127,9 @@ class TrainState:
         settings: CheckpointSettings,
         groups: Mapping[str, Mapping[str, Tensor]],
         counts: dict[str, int],
-        begun: bool,
+        shards: Mapping[str, Any] | None,
     ) -> None:
+        """Write what is whole; `shards`, where there are any, is what COMPLETE is to list of those sent elsewhere."""
         self._writer.wait()
         folder = _folder(run, clock.step)
         if checkpoint.is_undamaged(folder):
@@ -132,12 +143,19 @@ class TrainState:
             **({"best": self._best} if self._best else {}),
             **self.facts,
         }
-        best = {_folder(run, self._best["step"])} if self._best and settings.best else set()
+        best = {_folder(run, self._best["step"]).name} if self._best and settings.best else set()
+
+        def outdated(found: Collection[str], good: Collection[str]) -> list[str]:
+            keep = best | self._kept(good, settings, clock)
+            return checkpoint.outdated(found, good, folder.name, settings.keep_last, keep)
 
         def write(copied: bool) -> None:
-            checkpoint.save(folder, groups, meta, copied, begun)
-            checkpoint.prune(run, folder, settings.keep_last, best | self._kept(run, settings, clock))
+            checkpoint.save(folder, groups, meta, copied, shards is not None, shards)
+            self._sender.wait()  # before anything goes that it may be sending
+            checkpoint.prune(run, outdated)
             log.info("checkpoint %s", folder)
+            if mirror := self.mirror:
+                self._sender.submit(lambda: mirror.send(outdated))
 
         if settings.asynchronous:
             checkpoint.check_room(folder, groups)
@@ -147,12 +165,17 @@ class TrainState:
             write(copied=False)
 
     def finish_writing(self) -> None:
-        """Wait for a checkpoint that is being written; every rank calls it, and gets the error if there is one."""
-        on_main(self.backend, self._writer.wait)
+        """Wait for a checkpoint that is being written or sent; every rank calls it, and gets the error if any."""
+        on_main(self.backend, self._wait)
+
+    def _wait(self) -> None:
+        self._writer.wait()
+        self._sender.wait()
 
     def settle(self) -> None:
         """Wait for it where another error is on its way."""
         self._writer.settle()
+        self._sender.settle()
 
     def warn_of_small_disk(self, run: Path, settings: CheckpointSettings) -> None:
         """Say so where the disk has no room for the checkpoints that will lie side by side."""
@@ -173,16 +196,16 @@ class TrainState:
             )
 
     @staticmethod
-    def _kept(run: Path, settings: CheckpointSettings, clock: Clock) -> set[Path]:
+    def _kept(names: Collection[str], settings: CheckpointSettings, clock: Clock) -> set[str]:
         if settings.keep_every is None:
             return set()
         every = Duration.parse(settings.keep_every)
         kept = set()
-        for folder in checkpoint.in_run(run):
-            images = int(folder.name.removeprefix("step_")) * clock.batch_size
+        for name in names:
+            images = int(name.removeprefix("step_")) * clock.batch_size
             before = clock.position(every.unit, images - clock.batch_size) // every.amount
             if clock.position(every.unit, images) // every.amount > before:
-                kept.add(folder)
+                kept.add(name)
         return kept
 
     def load(self, folder: Path, clock: Clock) -> None:
@@ -210,6 +233,9 @@ class TrainState:
         if "log/skips" in checkpoint.groups(folder):
             skips = checkpoint.read(folder, "log/skips")
             self.skips.load_state_dict({k: v.to(self.backend.device) for k, v in skips.items()})
+        for name, extra in self.extras.items():
+            if f"callbacks/{name}" in checkpoint.groups(folder):  # else it is new in this run
+                extra.load_state_dict(checkpoint.read(folder, f"callbacks/{name}"))
         self._best = meta.get("best")
         sums = checkpoint.read(folder, "log/sums")
         self.meter.load_state({k: v.to(self.backend.device) for k, v in sums.items()}, meta["log_counts"])

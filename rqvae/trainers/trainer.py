@@ -24,7 +24,7 @@ from rqvae.trainers.clock import Clock
 from rqvae.trainers.logging import RunLog
 from rqvae.trainers.meter import Meter, Window
 from rqvae.trainers.nonfinite import Skips
-from rqvae.trainers.session import Session
+from rqvae.trainers.session import Session, Wish
 from rqvae.trainers.settings import CheckpointSettings, TrainSettings
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.updates import Update, only_grads
@@ -89,6 +89,7 @@ class Trainer:
             self.backend.mark_step()  # what was set up is not part of the first step's graph
             try:
                 while self.clock.step < self.clock.total_steps and not self.session.stopping(self.backend):
+                    self._obey()
                     self.step()
                 finished = self.clock.step >= self.clock.total_steps
                 if not finished:
@@ -105,6 +106,17 @@ class Trainer:
                 self.feed.close()
                 self.notify("on_fit_end")
         return finished
+
+    def _obey(self) -> None:
+        """Do what an intervention asked for; all ranks know of it in the same step."""
+        wish = self.session.granted
+        if wish is None:
+            return
+        why = self.backend.broadcast(self.session.fulfil())
+        if wish == "stop":
+            raise RunFailed(f"step {self.clock.step}: stopped: {why}; {self._where_to_go_on()}")
+        log.warning("step %d: checkpoint: %s", self.clock.step, why)
+        self.save()
 
     def step(self) -> None:
         """One turn of the loop: images in, weights changed, time ticked, observers told, row and checkpoint if due."""
@@ -146,6 +158,7 @@ class Trainer:
                     with self.backend.accumulate(update.wrapped, sync=last):
                         with self.backend.autocast():
                             losses = update.loss(micro, m)
+                        self.notify("after_loss", update, micro, losses)
                         self.backend.backward(losses.total / len(micros), update.scaler)
                     observed.append({name: part.detach() for name, part in losses.parts.items()})
                     for name, part in observed[-1].items():
@@ -164,11 +177,12 @@ class Trainer:
 
     def _apply(self, update: Update) -> tuple[Tensor, Tensor | None]:
         """Change the weights; the gradients' norm, and whether they were changed (None: they always are)."""
-        limit, settings = self.train.skip_nonfinite, update.settings
+        limit, skips = self.train.skip_nonfinite, self.state.skips
+        at_most = skips.ceiling(update.name, self.train.skip_spikes) if limit and not update.scaler else None
         norm = self.backend.step(
-            update.optimizer, update.params, clip=settings.clip, scaler=update.scaler, only_finite=limit > 0
+            update.optimizer, update.params, clip=update.settings.clip, scaler=update.scaler, at_most=at_most
         )
-        applied = self.state.skips.judge(update.name, norm, self.clock.step + 1, limit) if limit else None
+        applied = skips.judge(update.name, norm, self.clock.step + 1, limit, at_most) if limit else None
         if update is self.updates[0]:
             self._applied = applied
         return norm, applied
@@ -181,6 +195,14 @@ class Trainer:
     def log_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Add values to the row of the present step."""
         self._row |= values
+
+    def log_groups(self, name: str, values_b: Tensor, group_b: Tensor, groups: int) -> None:
+        """Add samples (B,) to the means `train/NAME_GROUP` of the row that comes next."""
+        self.meter.add_groups(name, values_b, group_b, groups)
+
+    def ask(self, what: Wish, why: str) -> None:
+        """On rank 0: have all ranks save, or stop without saving, before one of the next steps."""
+        self.session.ask(what, why)
 
     def log_picture(self, name: str, image_hwc: np.ndarray) -> None:
         """Show a picture; rank 0 writes it."""
@@ -228,12 +250,13 @@ class Trainer:
 
     def _stop_if_exceeded(self, values: dict[str, float]) -> None:
         limit = self.train.skip_nonfinite
+        spikes = f", or over {self.train.skip_spikes:g} times their usual norm," if self.train.skip_spikes else ""
         for name, step in Skips.exceeded(values).items():
             first = (step - limit - 1) * self.clock.batch_size
             raise RunFailed(
-                f"step {step}: update {name}: the gradients were not finite in {limit + 1} steps in a row, from step "
-                f"{step - limit} on (samples {first} to {step * self.clock.batch_size - 1} of the stream); expected at "
-                f"most train.skip_nonfinite = {limit}; {self._where_to_go_on()}"
+                f"step {step}: update {name}: the gradients were not finite{spikes} in {limit + 1} steps in a row, "
+                f"from step {step - limit} on (samples {first} to {step * self.clock.batch_size - 1} of the stream); "
+                f"expected at most train.skip_nonfinite = {limit}; {self._where_to_go_on()}"
             )
 
     def _where_to_go_on(self) -> str:

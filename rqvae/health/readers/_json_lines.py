@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def objects(path: Path, log: LogBuilder) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's object; lines that are none are noted in the log, bare NaN is read.
+def objects(path: Path, log: LogBuilder, first: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's object; lines that are none are noted in the log, bare NaN is read; of the `first` lines only.
 
     Raises:
         BadInput: no line is an object.
     """
     broken, good = [], 0
-    for line, text in lines_of(path):
+    for line, text in islice(lines_of(path), first):
         row = _parse(text) if text.strip() else None
         if row is not None:
             good += 1

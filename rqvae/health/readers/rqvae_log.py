@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 from pathlib import Path
 
 from rqvae.health.log import LogBuilder, RunLog
@@ -26,23 +27,34 @@ class Reader:
         return 0.45 if "step" in row and any("/" in key for key in row) else 0.0
 
     def read(self, path: Path) -> RunLog:
+        return self.read_beginning(path, None, None, finished=(path.parent / "FINISHED").exists())
+
+    def read_beginning(self, path: Path, rows: int | None, words: int | None, *, finished: bool) -> RunLog:
+        """The log as it was.
+
+        Args:
+            path: of metrics.jsonl.
+            rows: its first lines; None for all.
+            words: the same of log.txt.
+            finished: whether the run had come to its end.
+        """
         log, count = LogBuilder(path, self.name), 0
-        for count, row in objects(path, log):  # noqa: B007
+        for count, row in objects(path, log, rows):  # noqa: B007
             values = numeric(row, null_is_nan=True)
             step = values.pop("step", float(count))
             if (time := values.pop("time", None)) is not None:
                 values["wall_time"] = time
             log.row(step, values, count)
-        if (path.parent / "FINISHED").exists():
+        if finished:
             log.event("done", count, "FINISHED")
         if (path.parent / "log.txt").is_file():
-            _words(log, path.parent / "log.txt")
+            _words(log, path.parent / "log.txt", words)
         return log.finish(count)
 
 
-def _words(log: LogBuilder, path: Path) -> None:
+def _words(log: LogBuilder, path: Path, first: int | None) -> None:
     """What the run's log.txt states; the events have its lines."""
-    for line, text in lines_of(path):
+    for line, text in islice(lines_of(path), first):
         if found := _MODULE.search(text):
             log.fact(f"{found[1]} {found[2]} parameters", found[3], line)
             log.fact(f"{found[1]} trainable parameters", found[4], line)
