@@ -18,6 +18,7 @@ from rqvae.diffusion.guidance import Guidance
 from rqvae.diffusion.paths import Path
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw
+from rqvae.diffusion.weighting import Weighting
 from rqvae.img_datasets.interfaces import LabeledImageDataset, Transform
 from rqvae.metrics.extractors import Extractor
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
@@ -38,6 +39,7 @@ FAMILIES: dict[str, tuple[str, type]] = {
     "Losses": ("an entry of `losses`", ImageLoss),
     "Paths": ("`stage2.init_args.path`", Path),
     "Laws of training times": ("`stage2.init_args.timesteps`", TimestepLaw),
+    "Weightings of the error": ("`stage2.init_args.weighting`", Weighting),
     "Guidance": ("`stage2.init_args.sampler.guidance`", Guidance),
     "Learning-rate schedules": ("`updates.NAME.schedule`", Schedule),
     "Feature extractors": ("`online_eval.extractor`", Extractor),
@@ -172,7 +174,7 @@ def _field_type(cls: type, name: str) -> type | None:
     hint = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))[name]
     options = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
     settings = [t for t in options if inspect.isclass(t) and dataclasses.is_dataclass(t) and "." in t.__module__]
-    named_by_path = (Schedule, Path, Guidance, TimestepLaw, Observer, Intervention)
+    named_by_path = (Schedule, Path, Guidance, TimestepLaw, Weighting, Observer, Intervention)
     return next((t for t in settings if not issubclass(t, named_by_path)), None)
 
 

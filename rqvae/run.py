@@ -202,6 +202,8 @@ class Stage2Run:
         online_eval: scores of generated images while training; off until asked for.
         profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
             operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
+        debug: write shapes, ranges, classes, times and predictions of every step to RUN/debug.jsonl and the console:
+            for runs of a few steps.
         observers: more observers, by class_path.
         interventions: by class_path.
     """
@@ -219,6 +221,7 @@ class Stage2Run:
     pictures: PictureSettings = field(default_factory=PictureSettings)
     online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None, metrics=["gfid"]))
     profile: str | None = None
+    debug: bool = False
     observers: list[Observer] = field(default_factory=list)
     interventions: list[Intervention] = field(default_factory=list)
 

@@ -21,7 +21,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"img_datasets.interfaces", "diffusion"},
     "callbacks": {"models", "backends", "img_datasets", "metrics", "diffusion", "health"},
     "diagnostics": {"models", "backends"},
-    "run": {"callbacks.channels.settings", "callbacks.interfaces", "img_datasets", "models", "trainers.settings", "trainers.updates"},
+    "run": {
+        "callbacks.channels.settings",
+        "callbacks.interfaces",
+        "img_datasets",
+        "models",
+        "trainers.settings",
+        "trainers.updates",
+    },
     "trainers": {"callbacks", "models", "backends", "img_datasets", "metrics", "diffusion", "games", "run"}
     | {"diagnostics"},
     "play": {"games", "metrics", "models", "trainers"},

@@ -142,7 +142,7 @@ def test_world_size_and_save_dir(tmp_path: Path, cli, capfd) -> None:
     assert cli("train", STAGE1, "--save-dir", blocked / "inside", "--project", "p", "--run-name", "r") == 2
     assert str(blocked) in capfd.readouterr().err
     assert "data.batch_size" in refused(cli, capfd, tmp_path / "s", STAGE1, "--world-size", 3)
-    assert "got a URL" in refused(cli, capfd, tmp_path / "s", STAGE1, "--save-dir", "gs://bucket/x")
+    assert "pip install 'mae-dit[remote]'" in refused(cli, capfd, tmp_path / "s", STAGE1, "--save-dir", "gs://bucket/x")
     psnr = ["--online_eval.every", 2, "--online_eval.metrics", "[psnr]"]
     assert "online_eval" in refused(cli, capfd, tmp_path / "s", STAGE2, *psnr)
 

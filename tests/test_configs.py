@@ -40,6 +40,8 @@ def eighth(config: dict, frames: Path) -> dict:
         "pictures": {"every": None},
         "online_eval": {"every": None},
     }
+    for second_spelling in ("num_train_epochs", "report_to"):
+        config.pop(second_spelling, None)
     dataset = config["data"]["dataset"]
     config["data"] |= small.pop("data")
     if dataset["init_args"].get("context"):

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rqvae import backends
+from rqvae.callbacks.interfaces import Observer
 from rqvae.configuration import read
 from rqvae.durations import Duration
 from rqvae.img_datasets.feed import Positions, make_loader
@@ -102,14 +103,14 @@ def test_generator_step_leaves_no_gradient_in_the_discriminator() -> None:
     autoencoder, discriminator = parts.updates
     seen: list[str] = []
 
-    class Look:
+    class Look(Observer):
         def after_backward(self, run: object, update: Any) -> None:
             other = discriminator if update is autoencoder else autoencoder
             assert all(p.grad is None for p in other.params), f"{update.name} left gradients in {other.name}"
             assert all(p.grad is not None for p in update.params)
             seen.append(update.name)
 
-    trainer.observers = [Look()]  # type: ignore[list-item]
+    trainer.observers = [Look()]
     trainer.optimise(micros)
     assert seen == ["autoencoder", "discriminator"]
 

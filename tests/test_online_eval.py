@@ -255,6 +255,20 @@ def test_missing_inception_weights_stop_the_run_at_load(tmp_path: Path, cli, cap
     assert cli(*off) == 0, "an evaluation that is switched off asks for no weights"
 
 
+SMALL = [f for d in ("debug", "maze_chase", "channels", "pathology") for f in sorted(Path("configs", d).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("file", SMALL, ids=str)
+def test_configs_without_downloads_ask_for_scores_that_need_no_weights(file: Path) -> None:
+    configuration = read([str(file)])
+    settings = configuration.resolved["online_eval"]
+    if configuration.stage == 1:
+        assert settings["every"]
+        assert sorted(settings["metrics"]) == ["psnr", "ssim"]
+    else:
+        assert settings["every"] is None, "off until it is asked for"
+
+
 def test_names_of_rows_tell_the_network() -> None:
     names = {
         x: row_names(OnlineEvalSettings(metrics=["gfid"], extractor=x))["gfid"] for x in ("inception", "random-vgg16")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rqvae import backends
 from rqvae.backends.scaling import LossScaler
+from rqvae.callbacks.interfaces import Observer
 from rqvae.models.losses.adaptive import last_layer_weight, reconstruction_weight
 from rqvae.trainers.updates import Update, UpdateSettings
 from tests.conftest import assert_same, only, rows, tensors, without_times
@@ -175,11 +176,11 @@ def test_observers_see_the_loss_own_gradients() -> None:
     for precision in ("fp32", "fp16"):
         _, _, trainer, (micros, _) = assembled("configs/debug/stage2.yaml", "--train.precision", precision)
 
-        class Look:
+        class Look(Observer):
             def after_backward(self, run: object, update: Any, into: str = precision) -> None:
                 seen[into] = [float(p.grad.norm()) for p in update.params]
 
-        trainer.observers = [Look()]  # type: ignore[list-item]
+        trainer.observers = [Look()]
         trainer.optimise(micros)
     assert seen["fp16"] == pytest.approx(seen["fp32"], rel=0.05, abs=1e-4)
 

@@ -334,7 +334,13 @@ def test_a_store_of_another_kind(tmp_path: Path, monkeypatch) -> None:
     checkpoint.save(folder / "checkpoints" / "step_00000003", {"model/x": {"w": torch.arange(3.0)}}, {"step": 3})
     (folder / "config.yaml").write_text("a: 1")
     (folder / ".lock").touch()
+    order: list[str] = []
+    put = remote.Store.write
+    monkeypatch.setattr(remote.Store, "write", lambda store, name, text: (order.append(name), put(store, name, text)))
     mirror.Mirror(folder).send()
+    assert order == ["config.yaml", "checkpoints/step_00000003/COMPLETE"], (
+        "what COMPLETE vouches for is there before it"
+    )
     store = remote.Store(url)
     names = ["COMPLETE", "meta.json", "model/x.safetensors"]
     assert sorted(store.sizes()) == [*(f"checkpoints/step_00000003/{name}" for name in names), "config.yaml"]
@@ -366,25 +372,21 @@ def job(arguments: list[object], folder: Path) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("parallel", ["sharded", pytest.param("data", marks=pytest.mark.slow)])
 def test_two_hosts_that_share_nothing_but_the_url(parallel: str, bucket: str, tmp_path: Path, cli) -> None:
-    """Interrupted, both hosts' copies lost, and repeated: the weights of one process and a folder."""
-    exact = ["--train.precision", "fp64", "--train.parallel", parallel]
-    words = [*more_of(bucket, StopAt, step=3), *exact]
-    assert [code for code, _ in job(words, tmp_path)] == [143, 143]
+    """Begun elsewhere, and ended by two hosts that have never seen it: the weights of one process and a folder."""
+    exact = ["--train.precision", "fp64"]
+    assert cli(*more_of(bucket, StopAt, step=3), *exact) == 143
     run = run_at(bucket)
-    assert "checkpoints/step_00000003/COMPLETE" in objects(run)
-    if parallel == "sharded":
-        parts = [tmp_path / f"host{n}" / f"remote/s3/{run[5:]}/checkpoints/step_00000003/shards" for n in (0, 1)]
-        assert [sorted(file.name for file in part.glob("*.distcp")) for part in parts] == [
-            ["__0_0.distcp"],
-            ["__1_0.distcp"],
-        ]
-        assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= {name.rpartition("/")[2] for name in objects(run)}
-    for n in (0, 1):
-        shutil.rmtree(tmp_path / f"host{n}")
-    ended = job(words, tmp_path)
+    lose_copies(tmp_path)
+    ended = job([*more_of(bucket, StopAt, step=3), *exact, "--train.parallel", parallel], tmp_path)
     assert [code for code, _ in ended] == [0, 0], ended
     assert "from step_00000003" in ended[0][1]
-    assert cli(*more_of(tmp_path / "one", StopAt, step=99), "--train.precision", "fp64") == 0
+    if parallel == "sharded":
+        hosts = [tmp_path / f"host{n}" / "remote" / "s3" / run.removeprefix("s3://") for n in (0, 1)]
+        parts = [sorted((host / "checkpoints" / "step_00000006" / "shards").glob("*.distcp")) for host in hosts]
+        assert [[part.name for part in own] for own in parts] == [["__0_0.distcp"], ["__1_0.distcp"]]
+        older = [path.name for path in (hosts[1] / "checkpoints").iterdir()]
+        assert "step_00000004" not in older, "host 1 does not keep parts of what is older"
+    assert cli(*more_of(tmp_path / "one", StopAt, step=99), *exact) == 0
     assert largest_difference(whole(fetched(run), 6), whole(only(tmp_path / "one" / "p"), 6)) < 1e-9
     assert [row["step"] for row in rows(fetched(run))] == [1, 2, 3, 4, 5, 6]
 

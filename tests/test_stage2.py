@@ -233,7 +233,7 @@ def test_action_null_and_missing_have_vectors_of_their_own() -> None:
         (lambda: small_dit(depth=0), "stage2.depth: expected a number >= 1, or a size, got 0"),
         (lambda: small_dit((64, 8)), r"stage2: expected a latent \(C, h, w\), got \(64, 8\)"),
         (lambda: small_dit(spec=replace(ACTIONS, num_classes=3)), "expected classes or actions"),
-        (lambda: small_dit(spec=replace(PLAIN, num_mask_classes=3)), "num_mask_classes 3"),
+        (lambda: small_dit(spec=replace(CLASSES, num_mask_classes=3)), "num_mask_classes 3"),
         (lambda: small_dit(spec=replace(ACTIONS, history=0)), "data.history: expected at least 1 slot"),
         (
             lambda: small_dit()(torch.zeros(2, 3, 4, 4), torch.rand(2), classes(2)),

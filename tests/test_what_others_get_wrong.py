@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,9 +167,12 @@ def test_gradients_are_zeroed_in_each_micro_batch() -> None:
         _, parts, trainer, (micros, _) = assembled("configs/debug/stage2.yaml", *more)
         found: list[torch.Tensor] = []
         update = parts.updates[0]
-        trainer.observers = [  # type: ignore[list-item]
-            SimpleNamespace(after_backward=lambda *_: found.extend(p.grad.clone() for p in update.params))
-        ]
+
+        class Look(Observer):
+            def after_backward(self, *_: Any) -> None:
+                found.extend(p.grad.clone() for p in update.params)
+
+        trainer.observers = [Look()]
         if defect:
             loss = update.loss
             update.loss = lambda batch, micro: (update.optimizer.zero_grad(), loss(batch, micro))[1]

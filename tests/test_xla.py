@@ -178,7 +178,7 @@ def test_selfcheck_of_the_cpu(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPat
 def checked(*arguments: object, timeout: float = 250) -> dict[str, Any]:
     command = [sys.executable, "-m", "rqvae.backends.selfcheck", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     return json.loads(Path(str(arguments[-1])).read_text())
 
 

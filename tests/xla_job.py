@@ -70,7 +70,7 @@ def train(name: str, backend: str, save_dir: Path, *more: object, timeout: float
     code, errors = finish(process, timeout)
     assert code == 0, errors[-2000:]
     found = json.loads(counts.read_text()) if watch else {"steps": [], "fallbacks": []}
-    return Job(only(save_dir / backend), [tuple(row) for row in found["steps"]], found["fallbacks"])
+    return Job(only(save_dir / backend, "r_*"), [tuple(row) for row in found["steps"]], found["fallbacks"])
 
 
 def worst_difference(job: Job, other: Job, steps: int) -> float:

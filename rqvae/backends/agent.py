@@ -93,11 +93,13 @@ class Agent(LocalElasticAgent):
         self._server: TCPStore | None = None
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        before = os.environ.get(_UNSHARED)
         os.environ[_UNSHARED] = "1"
         try:
             super()._rendezvous(worker_group)
-        finally:
-            del os.environ[_UNSHARED]
+        finally:  # what is started is to use the store that `_start_workers` makes
+            os.environ.pop(_UNSHARED, None)
+            os.environ |= {_UNSHARED: before} if before else {}
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for file in self._folder.iterdir():

@@ -103,13 +103,15 @@ class _Job:
         except RendezvousConnectionError as error:
             if hosts.rank == 0:
                 raise BadInput(f"{_place(hosts)}: expected an address of this host, which is NODE_RANK 0") from error
-            return self._lost(hosts, error)
+            self._check_may_return(hosts, error)
+            return None
         facts = {"backend": self.backend, "WORLD_SIZE": self.world_size, "command": self.arguments[0]}
         agent = Agent(self._spec(handler, hosts), hosts, facts, self.words)
         try:
             return self._run(agent, hosts)
         except (RendezvousConnectionError, DistError) as error:
-            return self._lost(hosts, error)
+            self._check_may_return(hosts, error)
+            return None
         finally:
             handler.shutdown()
 
@@ -138,8 +140,8 @@ class _Job:
             sys.stderr.write(f"error: {where}{words.line}\n")
         return words.code
 
-    def _lost(self, hosts: Hosts, error: Exception) -> None:
-        """Host 0 keeps what the hosts agree on; where it may come back, there is nothing to return."""
+    def _check_may_return(self, hosts: Hosts, error: Exception) -> None:
+        """Raise RunFailed where host 0, which keeps what the hosts agree on, is lost and not waited for."""
         if hosts.rank == 0 or hosts.restarts == 0:
             raise RunFailed(f"{_place(hosts)}: lost on host {hosts.rank}: {error}") from error
         log.warning("%s: host 0 is lost; waiting for it, %d more times at most", _place(hosts), hosts.restarts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 COMMANDS: dict[str, str] = {
     "train": "train a Stage1 autoencoder, or a Stage2 generator on its latents",
     "recon": "reconstruct the test split: images, grids, scores",
+    "evaluate": "score a trained autoencoder on a split: MSE, KL, PSNR, SSIM, samples",
     "sample": "generate images with a trained Stage2 run",
     "ema": "put together an average of another length from a run's snapshots",
     "cache-latents": "write Stage1's latents of a split to disk, for training Stage2 on them",

@@ -50,7 +50,9 @@ def add_job_options(parser: Parser) -> None:
     """What every command on a config takes."""
     parser.add_argument("configs", nargs="*", metavar="CONFIG", help="YAML files, later ones over earlier ones")
     parser.add_argument("--config", action="append", default=[], help="the same as CONFIG")
-    parser.add_argument("--save-dir", default="runs", metavar="SAVE_DIR", help="folder or URL (s3://, gs://) of all runs")
+    parser.add_argument(
+        "--save-dir", default="runs", metavar="SAVE_DIR", help="folder or URL (s3://, gs://) of all runs"
+    )
     parser.add_argument("--run-name", metavar="RUN_NAME", help="name of the run; the first config's name by default")
     parser.add_argument("--world-size", type=int, default=1, help="processes on this host")
     parser.add_argument("--resume-ckpt", help="run or checkpoint folder, or URL, to start from, full state")

@@ -68,9 +68,7 @@ def read_looks(run: Path) -> list[Look]:
     """
     path = run / LOOKS
     if not path.is_file():
-        raise BadInput(
-            f"{path}: expected what rqvae.callbacks.health.Health writes, there is no such file"
-        )
+        raise BadInput(f"{path}: expected what rqvae.callbacks.health.Health writes, there is no such file")
     looks = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

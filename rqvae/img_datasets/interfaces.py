@@ -167,6 +167,7 @@ class DataSpec:
         context: whether `ActionCondition.context` holds the K frames.
         num_mask_classes: classes of `MaskCondition`, 0 without.
         names: names of the classes or actions, where the dataset knows them.
+        drops_condition: whether the dataset itself gives some training samples the null condition (`dropped`).
     """
 
     image_shape: ImageShape
@@ -176,6 +177,7 @@ class DataSpec:
     context: bool = False
     num_mask_classes: int = 0
     names: tuple[str, ...] = ()
+    drops_condition: bool = False
 
 
 class LabeledImageDataset(Dataset[LabeledImageData]):
@@ -203,6 +205,10 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
     def order(self, seed: int, epoch: int) -> Tensor:
         """(N,) int64, the order of a shuffled epoch: any permutation is alike; one read from far wants neighbours."""
         return torch.randperm(len(self), generator=generator(seed, "order", epoch))
+
+    def dropped(self, seed: int, epoch: int) -> Tensor | None:  # noqa: ARG002
+        """(N,) bool, which samples of a shuffled epoch come with the null condition; None leaves it to the model."""
+        return None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -293,22 +299,28 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
     seed: int
     shuffle: bool
     latents: LatentSource | None = None
-    _order: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
+    _order: tuple[int, Tensor, Tensor | None] | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def index(self, position: int) -> int:
         """The sample's index in the dataset."""
+        return self._visit(position)[0]
+
+    def _visit(self, position: int) -> tuple[int, bool]:
+        """The sample's index in the dataset, and whether it comes with the null condition."""
         epoch, k = divmod(position, len(self.dataset))
         if not self.shuffle:
-            return k
+            return k, False
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, self.dataset.order(self.seed, epoch))
-        return int(self._order[1][k])
+            dropped = self.dataset.dropped(self.seed, epoch)
+            self._order = (epoch, self.dataset.order(self.seed, epoch), dropped)
+        _, order, dropped = self._order
+        return int(order[k]), dropped is not None and bool(dropped[k])
 
     def __getitem__(self, position: int) -> LabeledImageData:
-        index, rng = self.index(position), generator(self.seed, "augment", position)
+        (index, drop), rng = self._visit(position), generator(self.seed, "augment", position)
         if self.latents is None:
             stored = self.dataset[index]
             check_type(stored, LabeledImageData, f"data.dataset: {type(self.dataset).__name__}[index]")
@@ -322,6 +334,8 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         if isinstance(sample.condition, ActionCondition):
             context = _unit_range(sample.condition.context)
             sample = replace(sample, condition=replace(sample.condition, context=context))
+        if drop and sample.condition is not None:
+            sample = replace(sample, condition=sample.condition.null())
         return replace(sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None)
 
     def _check(self, sample: LabeledImageData) -> None:

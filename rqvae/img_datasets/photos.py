@@ -80,9 +80,9 @@ class SkimagePhotos(LabeledImageDataset):
         Raises:
             BadInput: a photo that the installed scikit-image does not have.
         """
-        contents = [_photo_file(name).read_bytes() for name in self.photos]
+        contents = [photo_file(name).read_bytes() for name in self.photos]
         self._sha256 = hashlib.sha256(b"".join(contents)).hexdigest()
-        self._bands = [_band(_photo_file(name), self.split, self.size) for name in self.photos]
+        self._bands = [_band(photo_file(name), self.split, self.size) for name in self.photos]
         self._corners = torch.stack([self._corner(index) for index in range(len(self))])
 
     def _corner(self, index: int) -> Tensor:
@@ -107,7 +107,12 @@ class SkimagePhotos(LabeledImageDataset):
         return LabeledImageData(img=img, condition=ClassCondition(torch.tensor(photo), len(self.photos)))
 
 
-def _photo_file(name: str) -> Path:
+def photo_file(name: str) -> Path:
+    """Where the installed scikit-image has a photo of `FILES`.
+
+    Raises:
+        BadInput: it is not there.
+    """
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise BadInput("photos: expected the package scikit-image, got none: pip install scikit-image")

@@ -97,6 +97,52 @@ class TestTransform(_OneResult):
         return crop_sample(sample, self.spec)
 
 
+class DihedralTransform(Transform):
+    """ADM crop, then one of the square's eight symmetries: a section of tissue has no up, down, left or right.
+
+    Args:
+        spec: gives the size.
+
+    Raises:
+        BadInput: a size that is not square.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        if spec.image_shape[1] != spec.image_shape[2]:
+            raise BadInput(f"train_transform: expected square images for quarter turns, got {spec.image_shape[1:]}")
+        self.spec = spec
+
+    def __call__(self, sample: LabeledImageData, rng: torch.Generator) -> LabeledImageData:
+        """Sample with `img` uint8 (3, H0, W0) -> (3, H, W); a mask is turned with its image."""
+        return self.variant(sample, self.choose(rng))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The eight, by what is done in turn: transpose, flip rows, flip columns."""
+        flips = ("as stored", "rows flipped", "columns flipped", "half turn")
+        return flips + tuple(f"transposed, {name}" for name in flips)
+
+    def choose(self, rng: torch.Generator) -> Tensor:
+        """One of 0 to 7; takes one number of `rng`."""
+        return torch.randint(8, (), generator=rng)
+
+    def variant(self, sample: LabeledImageData, choice: Tensor) -> LabeledImageData:
+        """Cropped and turned; without an image, its mask alone."""
+        sample = crop_sample(sample, self.spec)
+        if sample.img is not None:
+            sample = replace(sample, img=_turned(sample.img, choice))
+        if isinstance(sample.condition, MaskCondition):
+            sample = replace(sample, condition=replace(sample.condition, mask=_turned(sample.condition.mask, choice)))
+        return sample
+
+
+def _turned(x: Tensor, choice: Tensor) -> Tensor:
+    """A symmetry of the last two axes; `choice` is never read on the host, see `TrainTransform.variant`."""
+    x = torch.where(choice >= 4, x.transpose(-1, -2), x)
+    x = torch.where(choice % 2 == 1, x.flip(-2), x)
+    return torch.where(choice % 4 >= 2, x.flip(-1), x)
+
+
 class Identity(_OneResult):
     """For frames and patches, which have their size already.
 

@@ -22,12 +22,13 @@ class EMA:
         module: the uncompiled module; its parameters and floating-point buffers are followed.
         decay: in [0, 1).
         warmup: see above.
+        every: steps between two updates; the decay, and n of the warm-up, count updates.
     """
 
-    def __init__(self, module: nn.Module, decay: float, warmup: bool = True) -> None:
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = True, every: int = 1) -> None:
         if not 0 <= decay < 1:
             raise BadInput(f"ema.decays: expected numbers in [0, 1), got {decay}")
-        self.decay, self.warmup = decay, warmup
+        self.decay, self.warmup, self.every = decay, warmup, every
         self.followed = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point()}
         # fp32 whatever the weights are computed in: in bf16 an average of decay 0.999 stalls at 0.25, not 0.95.
         self.average = {
@@ -41,7 +42,8 @@ class EMA:
 
     def share(self, step: int) -> float:
         """What the weights after optimizer step `step` (0 is the first) count in the average, in (0, 1]."""
-        return 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
+        update = step // self.every
+        return 1 - (min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay)
 
     @torch.no_grad()
     def update(self, step: int, applied: Tensor | None = None) -> None:
@@ -51,6 +53,8 @@ class EMA:
             step: 0 is the first.
             applied: scalar bool on the device: whether the step changed the weights; where not, the average stays too.
         """
+        if (step + 1) % self.every:
+            return
         # of split weights each process averages its own part
         averages = [own_part(a) for a in self.average.values()]
         weights = [own_part(v) for v in self.followed.values()]

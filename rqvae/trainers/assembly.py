@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,12 +22,12 @@ from rqvae.img_datasets.feed import Feed, Positions, check_batch
 from rqvae.img_datasets.interfaces import LabeledImageDataset, LabeledImageDatasetWrapper
 from rqvae.models.interfaces import ImageShape, Stage1Model
 from rqvae.run import AnyRun, GanSettings, Stage1Run
-from rqvae.trainers import checkpoint, stage1_trainer, stage2_trainer
+from rqvae.trainers import stage1_trainer, stage2_trainer
 from rqvae.trainers.cache_latents import open_cache
+from rqvae.trainers.choice import Choice, TrainRequest, choose, on_this_host
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.ema_snapshots import snapshots_of
-from rqvae.trainers.fetching import fetched, load_here, refresh
-from rqvae.trainers.joint_start import check_shared, job_start, made_since
+from rqvae.trainers.joint_start import check_shared, job_start
 from rqvae.trainers.logging import RunLog, setup_text_log
 from rqvae.trainers.measuring import measures, parse_window
 from rqvae.trainers.meter import Meter
@@ -39,14 +38,9 @@ from rqvae.trainers.part_checks import check_generator, check_parts
 from rqvae.trainers.parts import Parts, check_blocks, on_main
 from rqvae.trainers.run_folder import (
     RunLock,
-    RunPlace,
-    changed_keys,
     describe_environment,
-    is_finished,
     make_folder,
     note_wandb_id,
-    read_config,
-    same_config,
     write_new,
 )
 from rqvae.trainers.session import Session
@@ -54,83 +48,6 @@ from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """What the user asked for besides the config.
-
-    Args:
-        place: SAVE_DIR, PROJECT and RUN_NAME.
-        resume_ckpt: run or checkpoint folder to start from, with its full state.
-        resume_wandb_id: W&B id to go on with.
-        fresh: never go on with an earlier run.
-        online_eval: evaluate while training.
-        folder: the very run to go on with; None is the newest that fits.
-    """
-
-    place: RunPlace
-    resume_ckpt: str | None = None
-    resume_wandb_id: str | None = None
-    fresh: bool = False
-    online_eval: bool = True
-    folder: Path | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The run's folder and where it starts.
-
-    Args:
-        folder: of the run.
-        load: checkpoint folder to load, or None to start at step 0.
-        wandb_id: id of the run's earlier part.
-        finished: nothing is left to do.
-        words: what to tell the user.
-        new: the folder is still to be made; rank 0's word, since other hosts may not see its disk.
-    """
-
-    folder: Path
-    load: Path | None = None
-    wandb_id: str | None = None
-    finished: bool = False
-    words: tuple[str, ...] = ()
-    new: bool = False
-
-
-def choose(request: TrainRequest, config: dict[str, Any], data: str, since: float | None = None) -> Choice:
-    """The same command on the same data goes on; a run that is finished stays; else a new folder. Writes nothing.
-
-    Args:
-        request: the command.
-        config: its resolved config.
-        data: the train split's fingerprint.
-        since: when this job began; with `fresh` it goes on with its own run after a restart, and with no other.
-    """
-    source = remote.absolute(request.resume_ckpt) if request.resume_ckpt else None
-    if not request.fresh or since:
-        earlier = [request.folder] if request.folder else request.place.earlier()
-        for run in made_since(earlier, since) if request.fresh and since else earlier:
-            environment = json.loads((run / "environment.json").read_text())
-            same = same_config(run, config) and environment.get("data") == data
-            if not same or environment.get("resumed_from") != source:
-                continue
-            refresh(run)
-            if is_finished(run):
-                return Choice(run, finished=True, words=(f"{run} is finished; --fresh starts a new run",))
-            load = TrainState.last_good(run)
-            start = load or (checkpoint.find(fetched(source)) if source else None)
-            at = f"from {load.name}" if load else "from its start: it has no checkpoint yet"
-            wandb_id = request.resume_wandb_id or environment.get("wandb_id")
-            return Choice(run, start, wandb_id, words=(f"going on with {run}, {at}",))
-    folder = request.place.new()
-    if not source:
-        return Choice(folder, wandb_id=request.resume_wandb_id, words=(f"new run {folder}",), new=True)
-    load = checkpoint.find(fetched(source))
-    old = load.parent.parent / "config.yaml"
-    rows = changed_keys(read_config(old.parent), config) if old.exists() else []
-    words = (f"new run {folder} from {load}", *(f"changed: {row}" for row in rows))
-    return Choice(folder, load, request.resume_wandb_id, words=words, new=True)
 
 
 def check(run: AnyRun, world_size: int) -> None:
@@ -230,12 +147,12 @@ class TrainingJob:
         fingerprint = stream.dataset.fingerprint()
         since = job_start(self.backend) if self.request.fresh else None
         choice: Choice = on_main(self.backend, lambda: choose(self.request, self.config, fingerprint, since))
+        choice = on_this_host(choice, self.backend)
         self.folder = choice.folder
         for line in choice.words if self.backend.rank == 0 else ():
             log.info("%s", line)
         if choice.finished:
             return 0
-        load_here(choice.load)
         if not choice.new:
             self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build

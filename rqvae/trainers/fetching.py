@@ -39,7 +39,7 @@ def fetched(place: str | Path, snapshots: bool = False) -> Path:
         run = remote.Store(parent.rpartition("/")[0])
         sizes = run.sizes()
         with _alone(run):
-            _bring_small(run, sizes)
+            _bring_small(run, sizes, ours=(remote.folder_of(run.url) / UNSENT).exists())
             if not _bring_group(run, sizes, f"checkpoints/{folder.name}"):
                 raise BadInput(f"{url}: expected a complete checkpoint, found none (COMPLETE decides)")
         return folder
@@ -60,12 +60,6 @@ def refresh(folder: Path) -> None:
     if url is not None and (sizes := (store := remote.Store(url)).sizes()):
         with _alone(store):
             bring(store, sizes)
-
-
-def load_here(folder: Path | None) -> None:
-    """Bring a checkpoint that another host chose: a copy is each host's own. Nothing for other folders."""
-    if folder is not None and (url := remote.url_of(folder)) is not None and not checkpoint.is_good(folder):
-        fetched(url)
 
 
 def bring(store: remote.Store, sizes: Mapping[str, int]) -> None:

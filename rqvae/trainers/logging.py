@@ -48,6 +48,8 @@ def setup_text_log(rank: int, file: Path | None = None, quiet: bool = False) -> 
         handler.addFilter(lambda record: _RANK_OF_THREAD.get(record.thread or 0, rank) == rank)
         root.addHandler(handler)
     root.setLevel(logging.INFO)
+    for client in ("aiobotocore", "botocore"):  # of S3: where it found keys and an address, at each start
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def trim_metrics(path: Path, step: int) -> None:

@@ -78,6 +78,11 @@ class Mirror:
             except BadInput as error:
                 raise RunFailed(str(error)) from error
 
+    def send_checkpoint(self, folder: Path) -> None:
+        """Send this one alone, where the URL does not have it."""
+        with self._lock:
+            self._send_group(folder, self._store.sizes(self._name(folder)))
+
     def finish(self) -> None:
         """Send the last of it, and end."""
         self._stop()

@@ -114,7 +114,7 @@ def check_blocks(model: Stage1Model | Stage2Model, train: TrainSettings) -> None
 
 def make_ema(module: nn.Module, settings: EmaSettings) -> list[EMA]:
     """One average for each decay and each relative width; the one that is evaluated comes first."""
-    averages = [EMA(module, decay, settings.warmup) for decay in settings.decays]
+    averages = [EMA(module, decay, settings.warmup, settings.every) for decay in settings.decays]
     averages += [PowerEMA(module, width) for width in settings.power]
     return sorted(averages, key=lambda average: average.name != settings.evaluate)
 

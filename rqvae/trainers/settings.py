@@ -152,6 +152,7 @@ class EmaSettings:
     Args:
         decays: one average a decay; without one, and without `power`, the weights themselves are evaluated.
         warmup: shorter memory in the first steps, min(decay, (1 + n) / (10 + n)); of `decays` only.
+        every: steps between two updates of `decays`, which then count updates and not steps.
         power: power-function averages (Karras et al. 2024) by their relative width sigma_rel, in (0, 0.2886], for
             example [0.05, 0.10]. Their snapshots stay in RUN/ema_snapshots, from which `python -m rqvae ema` puts
             together an average of any other width after training.
@@ -163,6 +164,7 @@ class EmaSettings:
 
     decays: list[float] = field(default_factory=lambda: [0.9999])
     warmup: bool = True
+    every: int = 1
     power: list[float] = field(default_factory=list)
     snapshot_every: DurationText = "5%"
     snapshot_dtype: Literal["fp16", "fp32"] = "fp16"
@@ -173,6 +175,7 @@ class EmaSettings:
             raise BadInput(f"ema.decays: expected different numbers in [0, 1), got {self.decays}")
         if any(not 0 < width <= 12**-0.5 for width in self.power) or len(set(self.power)) < len(self.power):
             raise BadInput(f"ema.power: expected different numbers in (0, 0.2886], got {self.power}")
+        _at_least("ema", 1, every=self.every)
         _check_durations("ema", snapshot_every=self.snapshot_every)
         names = [f"ema_{decay:g}" for decay in self.decays] + [f"power_ema_{width:g}" for width in self.power]
         if self.evaluate is not None and self.evaluate not in names:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from rqvae.backends import Backend
+from rqvae.callbacks.interfaces import Observer
+from rqvae.callbacks.trace import Trace
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.img_datasets.latent_cache import LatentCache
@@ -27,6 +29,7 @@ from rqvae.trainers import checkpoint
 from rqvae.trainers.cache_latents import open_verified
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
+from rqvae.trainers.mask_pictures import mask_pictures
 from rqvae.trainers.online_images import Samples
 from rqvae.trainers.online_scores import prepare
 from rqvae.trainers.parallel import wrap
@@ -111,11 +114,20 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
             "latents_rounded_to": latents and latents.rounded_to,
         },
         must_match=("stage1_sha256", "latents_rounded_to"),
+        companions=_companions(run, two_stage, val),
         before_start=lambda: estimate_statistics(
             two_stage, SplitWalk(run.data, "train", backend, dtype, run.stage1.draws(image_shape)), latents
         ),
         latents=latents,
     )
+
+
+def _companions(run: Stage2Run, two_stage: TwoStage, val: SplitWalk) -> list[Observer]:
+    """The trace where it is asked for, and the pictures of masks where the data have them."""
+    trace: list[Observer] = [Trace(two_stage.stage2)] if run.debug else []
+    if not run.pictures.every or not run.data.make("val")[0].spec.num_mask_classes:
+        return trace
+    return [*trace, *mask_pictures(val, run.pictures.images, run.pictures.every)]
 
 
 def load_two_stage(run: Stage2Run, path: Path, weights: str | None = None) -> TwoStage:

@@ -105,7 +105,7 @@ class ChannelDynamics(Observer, Intervention):
             self._store.trim(run.clock.step)
 
     def before_step(self, run: RunView, micros: list[LabeledImageData]) -> None:  # noqa: ARG002
-        if self.tracker.probing and self.tracker.armed:
+        if self.tracker.probing and self.tracker.watching:
             with self.tracker.uncompiled():
                 for micro in micros:
                     with self._backend.autocast():

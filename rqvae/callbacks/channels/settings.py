@@ -19,7 +19,8 @@ class Thresholds:
         constant: std over the layer's mean std at or below which a channel is constant.
         silent: mean |h| over the layer's mean of it at or below which a channel is dormant, and silent where it is
             constant too; 0.025 is the diagnostic value of Sokar et al. 2023, who recycle at 0.1.
-        suppressed: std over the layer's mean std at or below which a channel is suppressed.
+        suppressed: std over the layer's mean std at or below which a channel is suppressed. The lowest of 20 healthy
+            networks is 0.07 (tests/test_channels_states.py).
         gamma: |gamma| over the layer's median at or below which a channel is suppressed.
         disconnected: norm of the outgoing weights over the layer's median at or below which a channel is disconnected.
         saturated: mean |derivative of the activation| at or below which a constant or suppressed channel is saturated.
@@ -34,7 +35,7 @@ class Thresholds:
 
     constant: float = 0.025
     silent: float = 0.025
-    suppressed: float = 0.1
+    suppressed: float = 0.05
     gamma: float = 0.05
     disconnected: float = 0.01
     saturated: float = 0.01

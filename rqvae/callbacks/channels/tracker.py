@@ -55,7 +55,8 @@ class ChannelTracker:
         whole: gives all of a tensor that is split over processes.
 
     Raises:
-        BadInput: a pattern that names nothing; a model that has a tracker already; `every` below 1.
+        BadInput: a pattern that names nothing; a model that has a tracker already; `every` below 1; hooks asked for
+            in a compiled model.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class ChannelTracker:
         self.layers = find_layers(model, layers)
         self.thresholds = thresholds or Thresholds()
         self.probing = is_compiled(model) if probing is None else probing
+        if is_compiled(model) and not self.probing:
+            raise BadInput("ChannelTracker: probing: expected True, as parts of the model are compiled, got False")
         self.latent = _find_latent(model, latent)
         self.steps = 0
         self.wires: dict[str, Wire] | None = None
@@ -108,8 +111,17 @@ class ChannelTracker:
         """Whether the step that is being done is observed."""
         return (self.steps + 1) % self.every == 0
 
+    @property
+    def watching(self) -> bool:
+        """Whether the step is observed, or its forward is needed to find the layers' neighbours."""
+        return self.armed or self.wires is None
+
     def after_backward(self) -> None:
-        """Take weights and gradients as they are now: before clipping and before the optimizer. Optional."""
+        """Take weights and gradients as they are now: before clipping and before the optimizer. Optional.
+
+        From the first step on `wires` is known here: an intervention that goes on after a checkpoint needs it at once.
+        """
+        self._end_discovery()
         if self.armed and not self._has_parameters:
             for layer in self.layers:
                 self._readings.add_parameters(
@@ -123,15 +135,13 @@ class ChannelTracker:
         Raises:
             RunFailed: the step was to be observed, and a tracked layer was not seen in it.
         """
-        if self.armed:
-            self._end_discovery()
-            self.after_backward()
-            if unseen := self._readings.end_step():
-                how = "probe(...) was not called before it" if self.probing else "no training forward reached it"
-                raise RunFailed(
-                    f"channel tracking: step {self.steps + 1}: layer {unseen[0]} ({len(unseen)} of {len(self.layers)}) "
-                    f"was not observed: {how}"
-                )
+        self.after_backward()
+        if self.armed and (unseen := self._readings.end_step()):
+            how = "probe(...) was not called before it" if self.probing else "no training forward reached it"
+            raise RunFailed(
+                f"channel tracking: step {self.steps + 1}: layer {unseen[0]} ({len(unseen)} of {len(self.layers)}) "
+                f"was not observed: {how}"
+            )
         self._unhook()
         self.steps += 1
         self._begin_step()
@@ -172,7 +182,7 @@ class ChannelTracker:
 
     def probe(self, forward: Callable[[], object]) -> None:
         """Observe `forward()`, which calls the model with the batch of this step, before the step; see `uncompiled`."""
-        if self.armed:
+        if self.watching:
             with self.uncompiled():
                 forward()
 
@@ -201,7 +211,7 @@ class ChannelTracker:
 
     def _begin_step(self) -> None:
         self._has_parameters = False
-        if self.armed and not self.probing:
+        if self.watching and not self.probing:
             self._hook()
 
     def _hook(self) -> None:
@@ -220,7 +230,9 @@ class ChannelTracker:
 
     def _end_discovery(self) -> None:
         if self._discovery is not None:
-            self.wires, self._discovery = self._discovery.end(), None
+            found = self._discovery.end()
+            self.wires = found if self._discovery.wires else None  # a step without a forward shows nothing
+            self._discovery = None
 
     def _is_training(self, module: nn.Module) -> bool:
         """Whether a call counts: not in evaluation, not a second forward without gradients, not recomputation."""
@@ -238,6 +250,8 @@ class ChannelTracker:
         return see
 
     def _observe(self, layer: Layer, output: Tensor, wire: Wire) -> None:
+        if not self.armed:  # a forward that was watched for the layers' neighbours alone
+            return
         rows_bcn = as_rows(output, layer)
         sums = activation_sums(rows_bcn, wire, self.thresholds.near_zero, self._dtype)
         self._readings.add(layer, sums, len(rows_bcn))
@@ -246,7 +260,7 @@ class ChannelTracker:
             self._readings.add_pairs(layer, pair_sums(h_bcn, self._dtype))
 
     def _see_latent(self, module: nn.Module, arguments: Any, output: Tensor) -> None:  # noqa: ARG002
-        if self._is_training(module):
+        if self.armed and self._is_training(module):
             with torch._C.DisableTorchFunction():
                 self._readings.add_latent(*latent_sums(output, self._dtype), len(output))
 

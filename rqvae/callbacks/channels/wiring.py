@@ -184,9 +184,9 @@ class Discovery:
 
     def watch(self, call: Callable[..., Any], arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """Do one of the model's operations, and follow the tensors that it takes."""
-        if self._inside:  # a layer's own work
-            return call(*arguments, **keywords)
         name, inputs = getattr(call, "__name__", ""), [*arguments, *keywords.values()]
+        if self._inside or name == "detach":  # a layer's own work; what someone else's hook does
+            return call(*arguments, **keywords)
         hits = [followed for x in _tensors(inputs) if (followed := self._followed.get(id(x))) is not None]
         hits = [followed for followed in hits if not self._is_shared(followed)]
         plain = name.rstrip("_")
@@ -202,14 +202,17 @@ class Discovery:
         return result
 
     def _go_on(self, hits: Sequence[_Followed], result: Tensor, carried: bool) -> None:
-        """The result is followed in place of its first input where channels stay apart; the inputs are let go."""
+        """The result is followed in place of its first input where channels stay apart.
+
+        A layer's output is waited for until an activation or a layer takes it in: others may look at it before.
+        """
         for followed in hits:
-            self._followed.pop(id(followed.tensor), None)
+            if followed.layer is None:
+                self._followed.pop(id(followed.tensor), None)
         if carried:
+            self._followed.pop(id(hits[0].tensor), None)
             hits[0].tensor = result
             self._followed[id(result)] = hits[0]
-        for followed in hits[1:] if carried else hits:
-            self._hand_over(followed)
 
 
 def _with_arguments(name: str, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
+from rqvae.models.layers.mask_embedding import MaskDistributionEmbedding
 
 
 def sincos_1d(width: int, positions: Tensor) -> Tensor:
@@ -189,17 +190,26 @@ class ConditionTokens(nn.Module):
         return self.norm(tokens_bld), visible_bl
 
 
-def condition_embedding(data_spec: DataSpec, width: int) -> nn.Module | None:
+def condition_embedding(data_spec: DataSpec, width: int, *, masks: bool = False) -> nn.Module | None:
     """The embedding of the data's conditions as one vector (B, width); None for data without conditions.
 
+    Args:
+        data_spec: what the conditions are.
+        width: of the vector.
+        masks: whether the shares of a mask's classes are embedded; its layout, which one vector cannot hold, is the
+            caller's then.
+
     Raises:
-        BadInput: data with several kinds of conditions, or with masks, which one vector cannot hold.
+        BadInput: data with several kinds of conditions, or with masks that are not asked for.
     """
-    if data_spec.num_mask_classes or (data_spec.num_classes and data_spec.num_actions):
+    kinds = (data_spec.num_classes, data_spec.num_actions, data_spec.num_mask_classes)
+    if sum(map(bool, kinds)) > 1 or (data_spec.num_mask_classes and not masks):
         raise BadInput(
             f"data: expected classes or actions as the condition, got num_classes {data_spec.num_classes}, "
             f"num_actions {data_spec.num_actions}, num_mask_classes {data_spec.num_mask_classes}"
         )
+    if data_spec.num_mask_classes:
+        return MaskDistributionEmbedding(data_spec.num_mask_classes, width)
     if data_spec.num_actions:
         return ActionEmbedding(data_spec.num_actions, data_spec.history, width)
     return ClassEmbedding(data_spec.num_classes, width) if data_spec.num_classes else None

@@ -28,15 +28,17 @@ class TimeAndCondition(nn.Module):
     Args:
         data_spec: what the conditions are.
         width: E.
+        masks: whether masks are embedded too, by the shares of their classes: for a network that is told their layout
+            in another way.
 
     Raises:
         BadInput: conditions that one vector cannot hold.
     """
 
-    def __init__(self, data_spec: DataSpec, width: int) -> None:
+    def __init__(self, data_spec: DataSpec, width: int, *, masks: bool = False) -> None:
         super().__init__()
         self.time = TimestepEmbedding(width)
-        self.condition = condition_embedding(data_spec, width)
+        self.condition = condition_embedding(data_spec, width, masks=masks)
 
     def forward(self, t_b: Tensor, condition: Condition | None) -> Tensor:
         """(B,) in [0, 1] and a condition of length B, None exactly where the data have none -> (B, E).

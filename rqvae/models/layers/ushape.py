@@ -99,12 +99,15 @@ class UShape(nn.Module):
         levels: highest resolution first.
         middle: `(x (B, c, H, W), active (B, E)) -> (B, c, H, W)` at the lowest level, c its channels.
         make: its blocks.
+        more_inputs: channels of the input that come after the C and are not in the answer.
     """
 
-    def __init__(self, channels: int, levels: Sequence[Level], middle: nn.Module, make: Blocks) -> None:
+    def __init__(
+        self, channels: int, levels: Sequence[Level], middle: nn.Module, make: Blocks, more_inputs: int = 0
+    ) -> None:
         super().__init__()
         top = levels[0].channels
-        self.conv_in = nn.Conv2d(channels, top, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels + more_inputs, top, 3, padding=1)
         self.down, skip_channels = nn.ModuleList(), [top]
         for i, level in enumerate(levels):
             if i:

@@ -14,6 +14,7 @@ from rqvae.diffusion.noise import KeyedNoise
 from rqvae.diffusion.paths import LinearFlow, Path, Prediction
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw, Uniform
+from rqvae.diffusion.weighting import Weighting
 from rqvae.errors import BadInput
 from rqvae.models.interfaces import (
     Condition,
@@ -25,6 +26,7 @@ from rqvae.models.interfaces import (
     Stage2Model,
     Stage2ModelOutput,
 )
+from rqvae.models.layers.mask_embedding import checked_mask, soft_one_hot
 from rqvae.randomness import Draw, normal, uniform
 
 # A frozen value, not a factory: the keys of the sampler are then plain keys of the config, each with its own errors.
@@ -47,10 +49,14 @@ class LatentDiffusion(Stage2Model):
         timesteps: law of the training times; null is `Uniform`.
         sampler: solver, steps, spacing and guidance; 50 Euler steps without guidance where it is not given.
         drop_condition: share of training samples that see the null condition, in [0, 1]; without effect where the
-            data have no condition.
+            data have no condition, and 0 where the dataset drops them itself (`p_cond` of masks).
+        weighting: of the squared error by time (`rqvae.diffusion.weighting.P2`); null weighs all alike.
+        class_weighted_loss: for masks: what the squared error counts where the mask has each of its classes; without a
+            label it counts 1. Null is 1 everywhere.
 
     Raises:
-        BadInput: a share outside [0, 1]; a sampler that the prediction or the share does not allow.
+        BadInput: a share outside [0, 1], or one above 0 where the dataset drops conditions; a sampler that the
+            prediction or the share does not allow; weights that are not one >= 0 a class of masks.
     """
 
     def __init__(
@@ -64,12 +70,21 @@ class LatentDiffusion(Stage2Model):
         timesteps: TimestepLaw | None = None,
         sampler: Sampler = FIFTY_EULER_STEPS,
         drop_condition: float = 0.1,
+        weighting: Weighting | None = None,
+        class_weighted_loss: list[float] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= drop_condition <= 1:
             raise BadInput(f"stage2.drop_condition: expected a number in [0, 1], got {drop_condition}")
         self.path, self.prediction = path or LinearFlow(), prediction
+        if data_spec.drops_condition and drop_condition > 0:
+            raise BadInput(
+                "stage2.drop_condition: expected 0, as the dataset drops conditions (p_cond) and one place does, got "
+                f"{drop_condition}"
+            )
         self.timesteps, self.drop_condition = timesteps or Uniform(), drop_condition
+        self.weighting, self.knows_null = weighting, data_spec.drops_condition or drop_condition > 0
+        self.class_weights = _checked_weights(class_weighted_loss, data_spec.num_mask_classes)
         self.conditional = bool(data_spec.num_classes or data_spec.num_actions or data_spec.num_mask_classes)
         self._check(sampler)
         self.sampler = sampler
@@ -111,14 +126,28 @@ class LatentDiffusion(Stage2Model):
         self,
         encodings: Stage1Encodings,  # noqa: ARG002  (the signature of every Stage2 model)
         output: Stage2ModelOutput,
-        inputs: LabeledImageData,  # noqa: ARG002
+        inputs: LabeledImageData,
     ) -> Stage2Losses:
-        """Mean squared error of a prediction of `forward`: the mean, and of each sample (B,)."""
+        """Weighted mean squared error of a prediction of `forward`: the mean, and of each sample (B,)."""
         if output.additional_attr is None or "target" not in output.additional_attr:
             raise BadInput("output.additional_attr: expected a target (as from forward), got none")
         target = output.additional_attr["target"]
-        per_sample = (output.zs_pred.to(target.dtype) - target).square().flatten(1).mean(1)
+        errors = (output.zs_pred.to(target.dtype) - target).square()
+        if self.class_weights is not None:
+            errors = errors * self._class_weight_map(inputs, errors)
+        per_sample = errors.flatten(1).mean(1)
+        if self.weighting is not None:
+            per_sample = per_sample * self.weighting(self.path, output.additional_attr["t"])
         return Stage2Losses(loss_total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def _class_weight_map(self, inputs: LabeledImageData, like: Tensor) -> Tensor:
+        """(B, 1, h, w): the weights of the classes, by their shares at each latent position."""
+        assert self.class_weights is not None
+        mask_bhw, classes = checked_mask(inputs.condition, len(self.class_weights)), len(self.class_weights)
+        shares = soft_one_hot(mask_bhw, classes, (like.shape[2], like.shape[3]), like.dtype)
+        # one number at a time: a tensor made here would be copied to the device in every step
+        weighted = [weight * shares[:, k : k + 1] for k, weight in enumerate((*self.class_weights, 1.0))]
+        return torch.stack(weighted).sum(0)
 
     @torch.no_grad()
     def infer(self, inputs: LabeledImageData, *, noise: Tensor, sampler: Sampler | None = None) -> Stage2ModelOutput:
@@ -194,11 +223,20 @@ class LatentDiffusion(Stage2Model):
                 f"sampler.start: expected < 1, for example 0.999, as {self.prediction} on {type(self.path).__name__} "
                 f"gives no velocity at {sampler.start:g}"
             )
-        if sampler.guidance is not None and sampler.guidance.needs_null and not self._drops:
+        if sampler.guidance is not None and sampler.guidance.needs_null and not (self.conditional and self.knows_null):
             raise BadInput(
                 "sampler.guidance: expected a model trained with the null condition (conditional data and "
                 f"drop_condition > 0), got drop_condition {self.drop_condition:g}"
             )
+
+
+def _checked_weights(weights: list[float] | None, classes: int) -> tuple[float, ...] | None:
+    """The weights of the mask's classes."""
+    if weights is None:
+        return None
+    if not classes or len(weights) != classes or min(weights) < 0:
+        raise BadInput(f"stage2.class_weighted_loss: expected {classes} numbers >= 0 (mask classes), got {weights}")
+    return tuple(weights)
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import Condition, DataSpec, LatentShape
 from rqvae.models.layers.embeddings import TimestepEmbedding, condition_embedding, sincos_2d
+from rqvae.models.layers.mask_embedding import MaskLayout
 from rqvae.models.layers.transformer import AdaLNZeroBlock, linear, modulated_norm
 
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -21,10 +22,11 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 
 class DiT(nn.Module):
-    """The adaLN-Zero DiT, conditioned on time and on a class or on actions.
+    """The adaLN-Zero DiT, conditioned on time and on a class, on actions or on a mask.
 
     Its first answer is exactly zero: the final layer and all modulations begin at zero. Frames of history
-    (`ActionCondition.context`) are not read.
+    (`ActionCondition.context`) are not read. Of a mask the shares of the classes at each latent position are embedded
+    patch by patch and added to the tokens; their shares of the whole mask steer the modulations.
 
     Args:
         latent_shape: (C, h, w) of what comes in and goes out; given by Stage1 and the connector.
@@ -64,7 +66,11 @@ class DiT(nn.Module):
         self.embed = linear(channels * patch**2, width)
         self.register_buffer("position_nd", sincos_2d(width, self.rows, self.columns), persistent=False)
         self.time = TimestepEmbedding(width)
-        self.condition = condition_embedding(data_spec, width)
+        self.layout, self.embed_layout = None, None
+        if data_spec.num_mask_classes:
+            self.layout = MaskLayout(data_spec, self.latent_shape)
+            self.embed_layout = linear(self.layout.channels * patch**2, width)
+        self.condition = condition_embedding(data_spec, width, masks=True)
         self.blocks = nn.ModuleList(AdaLNZeroBlock(width, heads, mlp_ratio, dropout) for _ in range(depth))
         self.final_modulation = linear(width, 2 * width, zero=True)
         self.final = linear(width, patch**2 * channels, zero=True)
@@ -87,6 +93,8 @@ class DiT(nn.Module):
             raise BadInput(f"latent: expected (B, {str(self.latent_shape)[1:]}, got {tuple(x_bchw.shape)}")
         active_bd = F.silu(self._conditioning(t_b, condition))
         x_bnd = self.embed(self._patches(x_bchw)) + self.position_nd
+        if self.layout is not None and self.embed_layout is not None:
+            x_bnd = x_bnd + self.embed_layout(self._patches(self.layout(condition, x_bchw)))
         for block in self.blocks:
             x_bnd = block(x_bnd, active_bd)
         shift, scale = self.final_modulation(active_bd).unsqueeze(1).chunk(2, dim=-1)

@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import Condition, DataSpec, LatentShape
 from rqvae.models.layers.film import TimeAndCondition
+from rqvae.models.layers.mask_embedding import MaskLayout
 from rqvae.models.layers.ushape import Blocks, Level, UShape, check_latent, check_sizes, lowest_sides
 
 
 class UNet(nn.Module):
-    """ADM's U-Net, conditioned on time and on a class or on actions by scale and shift of its norms.
+    """ADM's U-Net, conditioned on time and on a class, actions or a mask by scale and shift of its norms.
 
     Its first answer is exactly zero. With width 192, multipliers [1, 2, 3, 4], blocks 3, attention [1, 2, 3] on
     (3, 64, 64) it is the paper's 296 M parameter model of ImageNet 64, up to the number of heads, which there grows
-    with the channels. Frames of history (`ActionCondition.context`) are not read.
+    with the channels. Frames of history (`ActionCondition.context`) are not read. Of a mask the shares of the classes
+    at each latent position are further channels of the input; their shares of the whole mask steer the norms.
 
     Args:
         latent_shape: (C, h, w) of what comes in and goes out; given by Stage1 and the connector.
@@ -62,8 +65,10 @@ class UNet(nn.Module):
         self.latent_shape = tuple(latent_shape)
         make = Blocks(steering=4 * width, heads=heads, groups=norm_groups)
         levels = [Level(width * m, blocks, i in attention, dropout) for i, m in enumerate(multipliers)]
-        self.steering = TimeAndCondition(data_spec, make.steering)
-        self.u = UShape(latent_shape[0], levels, _Middle(levels[-1], make), make)
+        self.layout = MaskLayout(data_spec, self.latent_shape) if data_spec.num_mask_classes else None
+        self.steering = TimeAndCondition(data_spec, make.steering, masks=True)
+        more = self.layout.channels if self.layout is not None else 0
+        self.u = UShape(latent_shape[0], levels, _Middle(levels[-1], make), make, more_inputs=more)
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """One answer.
@@ -80,7 +85,10 @@ class UNet(nn.Module):
             BadInput: another latent shape, or another kind of condition than the data's.
         """
         check_latent(x_bchw, self.latent_shape)
-        return self.u(x_bchw, self.steering(t_b, condition))
+        steering_be = self.steering(t_b, condition)
+        if self.layout is not None:
+            x_bchw = torch.cat((x_bchw, self.layout(condition, x_bchw)), dim=1)
+        return self.u(x_bchw, steering_be)
 
 
 class _Middle(nn.Module):
