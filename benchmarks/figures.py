@@ -9,7 +9,14 @@ import sys
 FIGURES: dict[str, list[list[str]]] = {
     "3": [["demo_scores"], ["trainer_overhead"], ["dit_step", "--peer", os.environ.get("DIT", "DiT")], ["code_size"]],
     "4": [["dit_compile", "--peer", os.environ.get("DIT", "DiT")]],
+    "5": [["ddp_overhead"]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"]],
+    "8": [["vae_diagnostic"]],
+    "11": [
+        ["health_faults", "--keep", "build/health_runs"],
+        ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],
+        ["health_live"],
+    ],
 }
 
 
