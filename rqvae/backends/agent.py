@@ -123,11 +123,13 @@ class Agent(LocalElasticAgent):
         all_hosts.sort(key=lambda host: host["rank"])
         ranks = [host["rank"] for host in all_hosts]
         if ranks != list(range(self.hosts.count)):
+            self._wait_for_all(store)
             raise BadInput(f"NODE_RANK: expected each of 0 to {self.hosts.count - 1} once, got {ranks}")
         first = all_hosts[0]
         for host in all_hosts:
             for key, value in first["facts"].items():
                 if host["facts"].get(key) != value:
+                    self._wait_for_all(store)
                     raise BadInput(
                         f"host {host['rank']} ({host['address']}): expected {key} {value} as on host 0, got "
                         f"{host['facts'].get(key)}"
@@ -190,17 +192,21 @@ class Agent(LocalElasticAgent):
             return None
 
     def leave(self) -> None:
-        """Tell the others that this host is done; host 0 waits for all of them, `_LEAVE` seconds at most."""
+        """Tell the others that this host is done; see `_wait_for_all`."""
         if self.hosts.count == 1 or self._round is None:
             return
         for number in STOP_SIGNALS:  # a second one would interrupt what the first one asked for
             signal.signal(number, signal.SIG_IGN)
+        self._wait_for_all(self._round)
+
+    def _wait_for_all(self, store: Store) -> None:
+        """Host 0, with which the store goes, waits until all have read what they need, `_LEAVE` seconds at most."""
         try:
-            left = self._round.add("left", 1)
+            left = store.add("left", 1)
             end = time.monotonic() + _LEAVE
             while self.hosts.rank == 0 and left < self.hosts.count and time.monotonic() < end:
                 time.sleep(0.1)
-                left = self._round.add("left", 0)
+                left = store.add("left", 0)
         except RuntimeError as error:
             log.debug("the others could not be told: %s", error)
 
