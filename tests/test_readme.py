@@ -35,7 +35,7 @@ NOT_RUN = {
 # Appended so that an example takes seconds, by the words it begins with.
 SHORTER = {
     "python -m rqvae collect": "--frames 300",
-    "python -m rqvae make-reference": "--extractor random-vgg16 --images 8",
+    "python -m rqvae make-reference": "--extractor random-vgg16 --images 8 --batch-size 4",
     "python -m rqvae diagnose": "--backend aot_eager",
     "python -m rqvae rollout": "--starts 2 --horizon 4 --seeds 0",
     "python -m rqvae train configs/maze_chase": "--train.steps 2 --data.workers 0 --pictures.every null",
