@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from rqvae.diagnostics.compare import BAD, Status
 from rqvae.diagnostics.compilers import Compiler, TorchCompiler, find_compiler
@@ -17,7 +19,7 @@ from rqvae.diagnostics.faults import KINDS, FaultyCompiler
 from rqvae.diagnostics.ledger import GraphCompiler
 from rqvae.diagnostics.rows import Row
 from rqvae.diagnostics.session import Diagnosis
-from rqvae.diagnostics.subjects import Subject
+from rqvae.diagnostics.subjects import RandomDecoder, Request, Subject
 from rqvae.diagnostics.units import ROOT, is_inside
 from rqvae.errors import BadInput
 
@@ -335,6 +337,30 @@ def test_a_module_without_operations_does_not_make_the_next_ones_eager() -> None
     root = nn.Sequential(nn.Identity(), nn.Conv2d(4, 3, 1), nn.SiLU(), nn.Conv2d(3, 3, 1), nn.Identity()).eval()
     rows = diagnose(Subject(root, "decoder", torch.randn(1, 4, 4, 4), root, "odd"), TorchCompiler("eager"))
     assert [rows[path]["status"] for path in "01234"] == ["EAGER_FALLBACK", "OK", "OK", "OK", "EAGER_FALLBACK"]
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most memory that torch's CPU allocator had given out at a time within the call."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes))
+
+
+def test_beside_the_decode_it_takes_two_activations_and_5_mb() -> None:
+    """All units of a decode whose activations together are 30 times the largest one."""
+    subject = RandomDecoder("random-small").subject(Request(latent_size=16))
+    sizes: list[int] = []
+    handles = [m.register_forward_hook(lambda *call: sizes.append(call[-1].nbytes)) for m in subject.root.modules()]
+    with torch.no_grad():
+        subject.decode(subject.latent)
+        for handle in handles:
+            handle.remove()
+        plain = peak_bytes(lambda: subject.decode(subject.latent))
+    assert sum(sizes) > 30 * max(sizes)
+    extra = peak_bytes(lambda: diagnose(subject, TorchCompiler("eager"))) - plain
+    assert 0 < extra <= 2 * max(sizes) + 5e6
 
 
 def test_same_seed_same_verdicts() -> None:
