@@ -11,7 +11,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "4": [["dit_compile", "--peer", os.environ.get("DIT", "DiT")]],
     "5": [["ddp_overhead"]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"]],
-    "8": [["vae_diagnostic"]],
+    "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],
         ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],
