@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rqvae.configuration import read
 from rqvae.metrics.feature_files import read_features
+from rqvae.scripts import COMMANDS, translate
 from tests.conftest import only, rows
 from tests.inception_weights import write_random_inception
 from tests.test_online_eval import KEY, report, words
@@ -49,6 +51,19 @@ def test_every_so_many_images_with_a_bar_in_the_log_and_in_wandb(
     found = report(run, 4)
     assert (found["step"], found["images"], found["protocol"]["n"]) == (4, 32, 7)
     assert read_features(run / "eval" / "step_00000004.npz").n == 7
+
+
+def test_the_scripts_and_the_stages_decide_whether_there_are_scores() -> None:
+    line = ["project", "folder", "config.yaml", "1", "name"]
+    flags = {script: " ".join(translate(script, line) or ()) for script in COMMANDS}
+    assert "--do-online-eval True" in flags["train_stage1.sh"]
+    assert "--do-online-eval False" in flags["train_stage1woeval.sh"]
+    assert "online" not in flags["train_stage2.sh"]
+    assert read(["configs/imagenet256/stage1/klvae/f_16.yaml"]).resolved["online_eval"]["metrics"] == [
+        "psnr", "ssim", "rfid",
+    ]  # fmt: skip
+    for file in sorted(Path("configs/imagenet256/stage2").glob("*.yaml")):
+        assert read([str(file)]).resolved["online_eval"]["every"] is None, "off until it is asked for"
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,9 @@ from eval.pytorch_fid import (
 )
 from eval.pytorch_fid.__main__ import main as fid
 from gpu_eval.fid.__main__ import main as adm
+from rqvae.files import file_sha256
 from rqvae.metrics.evaluation import FeatureSums
-from rqvae.metrics.extractors import Extractor, Features, InceptionExtractor
+from rqvae.metrics.extractors import INCEPTION_URL, Extractor, Features, InceptionExtractor
 from rqvae.metrics.images import read_image
 from tests.conftest import ROOT
 from tests.inception_weights import write_random_inception
@@ -261,6 +265,35 @@ def test_truncated_weights_are_one_line_of_both_programs(
         for main in (fid, adm):
             assert main([str(images), str(images), "--weights", str(path), "--device", "cpu"]) == 2
             assert f"inception.weights: {path}: {said}" in errors(capsys)[0]
+
+
+def test_weights_come_from_a_url_once(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into torch.hub's folder, where the beginning of the sha256 in the name is that of the file."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    images, served = npz_of(tmp_path / "images.npz", photos(4)), tmp_path / "served"
+    served.mkdir()
+    name = f"pt_inception-2015-12-05-{file_sha256(weights)[:8]}.pth"
+    for file in (name, "pt_inception-2015-12-05-6726825d.pth"):
+        (served / file).write_bytes(weights.read_bytes())
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert fid([str(images), str(images), "--weights", f"{url}/{name}"]) == 0
+        (served / name).unlink()
+        assert fid([str(images), str(images), "--weights", f"{url}/{name}"]) == 0
+        assert [file.name for file in (tmp_path / "hub" / "checkpoints").iterdir()] == [name]
+        capsys.readouterr()
+        assert fid([str(images), str(images), "--weights", f"{url}/pt_inception-2015-12-05-6726825d.pth"]) == 2
+        assert "(sha256 6726825d...) cannot be had (invalid hash value" in errors(capsys)[0]
+        server.shutdown()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no route")))
+    assert fid([str(images), str(images)]) == 2
+    line, place = errors(capsys)[0], tmp_path / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    for part in (str(place), INCEPTION_URL, "sha256 6726825d", "no route", "place it there", "random-vgg16"):
+        assert part in line
 
 
 def test_features_are_gathered_where_they_are_kept_alone() -> None:

@@ -123,12 +123,13 @@ def test_images_that_are_not_balanced_or_compressed_are_warned_of(tmp_path: Path
     assert any("lossy codec" in line for line in checked(read(out), FIELDS)["warnings"])
 
 
+@pytest.mark.slow
 def test_adm_result_says_what_it_is_and_writes_its_reference(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A reference batch that was written gives the numbers of its images, and pytorch-fid's own reader reads it."""
-    real, fake = photos(12), photos(14, seed=1)
-    sample = npz_of(tmp_path / "sample.npz", fake, np.arange(14))
+    real, fake = photos(5), photos(6, seed=1)
+    sample = npz_of(tmp_path / "sample.npz", fake, np.arange(6))
     batch, out = tmp_path / "batch.npz", tmp_path / "out.json"
     common = (str(sample), "--weights", str(weights), "--device", "cpu", "--json", str(out))
     first = (str(folder_of(real, tmp_path / "real")), *common, "--save-reference", str(batch), "--jackknife", "3")
@@ -154,15 +155,17 @@ def test_stored_statistics_decide_and_not_the_images(tmp_path: Path, weights: Pa
     rng = np.random.default_rng(0)
     pooled, spatial = (Moments(rng.random(d), np.diag(rng.random(d) + 0.1)) for d in (2048, 2023))
     batch, out = tmp_path / "batch.npz", tmp_path / "out.json"
-    write_adm_reference(batch, photos(10), pooled, spatial)
+    write_adm_reference(batch, photos(4), pooled, spatial)
     features = tmp_path / "features.npz"
-    sample = npz_of(tmp_path / "sample.npz", photos(12, seed=1))
+    sample = npz_of(tmp_path / "sample.npz", photos(5, seed=1))
     assert adm([str(batch), str(sample), "--weights", str(weights), "--device", "cpu", "--json", str(out)]) == 0
     line = [str(batch), str(sample), "--weights", str(weights), "--save-features", str(features)]
     assert fid(line) == 0
     act = np.load(features)["act"].astype(float)
-    expected = frechet_distance(act.mean(0), np.cov(act.T), pooled.mean, pooled.cov)
-    assert read(out)["fid"] == pytest.approx(expected, rel=1e-6)
+    centred, variances = (act - act.mean(0)) / (len(act) - 1) ** 0.5, pooled.cov.diagonal()
+    nuclear = np.linalg.svd(centred * variances**0.5, compute_uv=False).sum()
+    expected = ((act.mean(0) - pooled.mean) ** 2).sum() + (centred**2).sum() + variances.sum() - 2 * nuclear
+    assert read(out)["fid"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_image_files_of_every_kind(tmp_path: Path) -> None:
