@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from eval import psnr_ssims
@@ -31,8 +32,9 @@ from eval.pytorch_fid.__main__ import main as fid
 from gpu_eval.fid.__main__ import main as adm
 from rqvae.files import file_sha256
 from rqvae.metrics.evaluation import FeatureSums
-from rqvae.metrics.extractors import INCEPTION_URL, Extractor, Features, InceptionExtractor
+from rqvae.metrics.extractors import INCEPTION_URL, Extractor, Features, InceptionExtractor, make_extractor
 from rqvae.metrics.images import read_image
+from rqvae.metrics.perceptual import LPIPSScore
 from tests.conftest import ROOT
 from tests.inception_weights import write_random_inception
 from tests.test_fid_programs import PIXELS, folder_of, npz_of, photos
@@ -352,3 +354,31 @@ def test_one_forward_gives_everything(weights: Path, monkeypatch: pytest.MonkeyP
     found = extractor(torch.from_numpy(photos(2)).permute(0, 3, 1, 2))
     assert [tuple(x.shape) for x in (found.pooled, found.spatial, found.logits)] == [(2, 2048), (2, 2023), (2, 1008)]
     assert len(calls) == len(set(calls)) == 94
+
+
+def test_networks_of_scores_compute_in_full_float32(weights: Path, tmp_path: Path) -> None:
+    """The CUDA backend trains with TF32 products, cuDNN has TF32 convolutions unless it is told otherwise."""
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
+    lpips = LPIPSScore(trunk_weights=str(tmp_path / "alexnet.pth")).load()
+    networks = [InceptionExtractor(weights=str(weights)).load(), make_extractor("random-vgg16").load()]
+    seen, images = [], torch.from_numpy(photos(1)).permute(0, 3, 1, 2)
+
+    def note(*_: object) -> None:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, autocast("cpu")))
+
+    before, autocast = torch.get_float32_matmul_precision(), torch.is_autocast_enabled
+    torch.set_float32_matmul_precision("high")
+    try:
+        for run, network in [
+            *((lambda net=net: net(images).pooled, net.network) for net in networks),
+            (lambda: lpips(images / 255, images / 300), lpips._distance),
+        ]:
+            handle = network.register_forward_hook(note)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert run().dtype == torch.float32
+            handle.remove()
+        assert seen == [("highest", False, False)] * 3
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
