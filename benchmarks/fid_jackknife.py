@@ -54,6 +54,7 @@ def main() -> None:
         "mean_standard_error": float(np.mean([x.standard_error for x in found])),
         "repeats": options.repeats,
         "coverage": float(np.mean([x.low <= truth <= x.high for x in found])),
+        "least_coverage": 0.9,
         "coverage_of_bootstrap": float(np.mean([low <= truth <= high for low, high in resampled])),
     }
     save("fid_jackknife", figures)
