@@ -10,7 +10,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "3": [["demo_scores"], ["trainer_overhead"], ["dit_step", "--peer", os.environ.get("DIT", "DiT")], ["code_size"]],
     "4": [["dit_compile", "--peer", os.environ.get("DIT", "DiT")]],
     "5": [["ddp_overhead"]],
-    "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"]],
+    "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"], ["fid_resize"], ["fid_jackknife"]],
     "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],

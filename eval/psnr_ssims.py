@@ -165,10 +165,14 @@ def _same_size(images: list[np.ndarray], files: list[Path]) -> list[np.ndarray]:
 
 
 def _read(file: Path) -> np.ndarray:
-    # Decoded from bytes: imread gives None for a missing and a damaged file alike.
-    image = cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_COLOR)
+    # Decoded from bytes: imread gives None for a missing and a damaged file alike. Not turned by what a camera noted,
+    # since Pillow, by which datasets read, does not; in its own depth, or 16 bits would be cut to 8.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.fromfile(file, np.uint8), flags)
     if image is None:
         raise BadInput(f"{file}: expected an image")
+    if image.dtype != np.uint8:
+        raise BadInput(f"{file}: expected an image of 8 bits, got {image.dtype}")
     return image[:, :, ::-1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -176,6 +177,11 @@ def test_evaluate_scores_the_final_model_as_diffusers_computes_it(cli: CLI, tmp_
     assert (found["n"], found["split"]) == (8, "test")
     assert found["mse"] == pytest.approx(float(mse), rel=1e-5)
     assert found["kl"] == pytest.approx(float(posterior.kl().double().mean()), rel=1e-5)
+    reference = found["protocol"]["reference"]
+    assert reference["sha256"] == hashlib.sha256(pixels[16:].transpose(0, 3, 1, 2).tobytes()).hexdigest()
+    assert (reference["n"], reference["split"], found["protocol"]["n"]) == (8, "test", 8)
+    assert "rounded to nearest" in found["protocol"]["uint8_rule"]
+    assert found["warnings"] == ["8 images: published values are of 50000"]
     samples = sorted((model / "eval_results_test" / "samples").iterdir())
     assert len(samples) == 3
     with Image.open(samples[0]) as pair:

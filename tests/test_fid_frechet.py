@@ -129,11 +129,26 @@ def test_product_routes_are_low_by_more_than_a_ten_thousandth_at_2048_features()
     mix = np.random.default_rng(99).normal(size=(2048, 2048)) / 2 * np.arange(1, 2049)[:, None] ** -0.5
     x, y = (np.maximum(np.random.default_rng(s).normal(size=(1000, 2048)) @ mix + 0.02 * s, 0) for s in (1, 2))
     exact = nuclear(x, y)
-    (mu1, s1), (mu2, s2) = moments(x), moments(y)
-    found = torch_fidelity.fid_statistics_to_metric({"mu": mu1, "sigma": s1}, {"mu": mu2, "sigma": s2}, False)
-    assert next(iter(found.values())) - exact < -1.5e-4
-    assert frechet_distance(mu1, s1, mu2, s2) == pytest.approx(exact, rel=1e-8)
+    for name, theirs in peers(x, y).items():
+        assert theirs - exact < -1.5e-4, name
+    a, b = moments(x), moments(y)
+    assert frechet_distance(*a, *b) == pytest.approx(exact, rel=1e-8)
     assert frechet_distance_features(x, y) == pytest.approx(exact, rel=1e-10)
+    for itself in (frechet_distance(*a, *a), frechet_distance_features(x, x), frechet_samples(x, *a).value):
+        assert abs(itself) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_equals_the_code_of_others_at_2048_features() -> None:
+    """Of full rank, as 50 000 images are; a distance to itself is 0."""
+    x, y = samples(2500, 1, 2048), samples(2600, 2, 2048)
+    a, b = moments(x), moments(y)
+    ours = frechet(*a, *b)
+    assert ours.route == "cholesky_1"
+    for name, theirs in peers(x, y).items():
+        assert ours.value == pytest.approx(theirs, rel=1e-9), name
+    assert abs(frechet_distance(*a, *a)) < 1e-9
 
 
 @pytest.mark.parametrize(("n", "of_reference"), [(20, 500), (20, 30), (30, 20), (DIM, 500), (2, 20), (400, 500)])

@@ -93,6 +93,22 @@ def test_spatial_features_are_a_restatement_in_float64(extractor: InceptionExtra
     close(features.logits.double(), pooled @ network.fc.weight.double().T)
 
 
+@pytest.mark.parametrize("size", [32, 256, 299, 301])
+def test_spatial_features_are_those_of_pytorch_fids_network_in_float64(
+    size: int, weights: Path, extractor: InceptionExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mixed_6/conv` is its Mixed_6d.branch1x1: 17 x 17 positions with the first 7 channels of each."""
+    monkeypatch.setattr(pytorch_fid, "load_state_dict_from_url", lambda *_, **__: torch.load(weights))
+    network, seen = pytorch_fid.fid_inception_v3().eval().double(), []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *a: seen.append(a[2]))
+    pixels = tf1.interpolate_bilinear_2d_like_tensorflow1x(photo(size).double(), (299, 299), align_corners=False)
+    with torch.no_grad():
+        network((pixels - 128) / 128)
+    spatial = extractor(photo(size)).spatial
+    assert spatial is not None
+    close(spatial.double(), seen[0].movedim(1, -1)[..., :7].reshape(1, -1))
+
+
 def test_size_is_that_of_the_published_network() -> None:
     with torch.device("meta"):
         network = FIDInception()

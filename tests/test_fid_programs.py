@@ -188,7 +188,7 @@ def test_adm_suite_restated(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its formulas in NumPy on the same features: IS in file order, FID and sFID by the nuclear norm, P and R."""
-    real, fake, seen = photos(10), photos(11, seed=1), []
+    real, fake, seen = photos(4), photos(11, seed=1), []
     forward = InceptionExtractor.forward
     monkeypatch.setattr(InceptionExtractor, "forward", lambda *x: seen.append(forward(*x)) or seen[-1])
     files = [npz_of(tmp_path / f"{i}.npz", x, np.arange(len(x)) % 5) for i, x in enumerate((real, fake))]
@@ -209,6 +209,10 @@ def test_adm_suite_restated(
     radius = torch.cdist(a.pooled.double(), a.pooled.double()).sort(1).values[:, 3:4].numpy()
     assert result["precision_le"] == pytest.approx((distance <= radius).any(0).mean())
     assert result["protocol"]["resize"] == "tf1"
+    for key in ("labels_policy", "cfg_scale", "sampler", "steps", "seed_rule", "ema", "precision", "uint8_rule"):
+        assert key in result["protocol"], key
+    assert (result["protocol"]["reference"]["n"], result["protocol"]["n"]) == (4, 11)
+    assert any("published values have 50000" in line for line in result["warnings"])
     assert len(result["protocol"]["sample_sha256"]) == 64
 
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lpips
 import numpy as np
 import pytest
+import pytorch_msssim
 import torch
+import torchvision
 from PIL import Image
 from pytorch_fid.fid_score import compute_statistics_of_path
 from torchvision import transforms
@@ -123,12 +126,13 @@ def test_images_that_are_not_balanced_or_compressed_are_warned_of(tmp_path: Path
     assert any("lossy codec" in line for line in checked(read(out), FIELDS)["warnings"])
 
 
+@pytest.mark.slow
 def test_adm_result_says_what_it_is_and_writes_its_reference(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A reference batch that was written gives the numbers of its images, and pytorch-fid's own reader reads it."""
-    real, fake = photos(12), photos(14, seed=1)
-    sample = npz_of(tmp_path / "sample.npz", fake, np.arange(14))
+    real, fake = photos(5), photos(6, seed=1)
+    sample = npz_of(tmp_path / "sample.npz", fake, np.arange(6))
     batch, out = tmp_path / "batch.npz", tmp_path / "out.json"
     common = (str(sample), "--weights", str(weights), "--device", "cpu", "--json", str(out))
     first = (str(folder_of(real, tmp_path / "real")), *common, "--save-reference", str(batch), "--jackknife", "3")
@@ -154,15 +158,17 @@ def test_stored_statistics_decide_and_not_the_images(tmp_path: Path, weights: Pa
     rng = np.random.default_rng(0)
     pooled, spatial = (Moments(rng.random(d), np.diag(rng.random(d) + 0.1)) for d in (2048, 2023))
     batch, out = tmp_path / "batch.npz", tmp_path / "out.json"
-    write_adm_reference(batch, photos(10), pooled, spatial)
+    write_adm_reference(batch, photos(4), pooled, spatial)
     features = tmp_path / "features.npz"
-    sample = npz_of(tmp_path / "sample.npz", photos(12, seed=1))
+    sample = npz_of(tmp_path / "sample.npz", photos(5, seed=1))
     assert adm([str(batch), str(sample), "--weights", str(weights), "--device", "cpu", "--json", str(out)]) == 0
     line = [str(batch), str(sample), "--weights", str(weights), "--save-features", str(features)]
     assert fid(line) == 0
     act = np.load(features)["act"].astype(float)
-    expected = frechet_distance(act.mean(0), np.cov(act.T), pooled.mean, pooled.cov)
-    assert read(out)["fid"] == pytest.approx(expected, rel=1e-6)
+    centred, variances = (act - act.mean(0)) / (len(act) - 1) ** 0.5, pooled.cov.diagonal()
+    nuclear = np.linalg.svd(centred * variances**0.5, compute_uv=False).sum()
+    expected = ((act.mean(0) - pooled.mean) ** 2).sum() + (centred**2).sum() + variances.sum() - 2 * nuclear
+    assert read(out)["fid"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_image_files_of_every_kind(tmp_path: Path) -> None:
@@ -185,6 +191,45 @@ def test_image_files_of_every_kind(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=message):
             call()
     assert not list(tmp_path.glob("c*"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_score_of_pairs_has_its_convention_in_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the packages give them for the stored pixels, from a folder and an npz."""
+    features = torchvision.models.alexnet(weights=None).features.state_dict()
+    trunk, out = tmp_path / "trunk.pth", tmp_path / "out.json"
+    torch.save({f"features.{key}": value for key, value in features.items()}, trunk)
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    for parameter, value in zip(theirs.net.parameters(), features.values(), strict=True):
+        parameter.data.copy_(value)
+    a, b = photos(3, 180), np.clip(photos(3, 180).astype(int) + 9, 0, 255).astype(np.uint8)
+    sides = folder_of(a, tmp_path / "a"), npz_of(tmp_path / "b.npz", b)
+    line = [
+        *map(str, sides),
+        "--ms-ssim",
+        "--lpips",
+        "alex",
+        "--json",
+        str(out),
+        "--processes",
+        "2",
+        "--batch-size",
+        "2",
+    ]
+    assert psnr_ssims.main([*line, "--trunk-weights", str(trunk)]) == 0
+    found = checked(read(out), FIELDS)
+    x, y = (torch.from_numpy(side).permute(0, 3, 1, 2) / 255 for side in (a, b))
+    with torch.no_grad():
+        expected = {
+            "lpips_alex_v0.1_u8": float(theirs(2 * y - 1, 2 * x - 1).mean()),
+            "ms_ssim_wang_rgb_u8": float(pytorch_msssim.ms_ssim(y.double(), x.double(), data_range=1.0)),
+        }
+    assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-4)
+    assert {"psnr_rgb_u8", "psnr_pooled_rgb_u8", "ssim_wang_rgb_u8"} <= found.keys()
+    assert psnr_ssims.main([*line, "--trunk-weights", str(tmp_path / "none.pth")]) == 2
+    assert "none.pth: no such file; download https" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_scores_of_a_folder_that_recon_wrote(tmp_path: Path, cli) -> None:

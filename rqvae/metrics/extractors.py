@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from rqvae.errors import BadInput
+from rqvae.metrics.full_precision import full_float32
 from rqvae.metrics.inception import INPUT_SIZE, POOL_DIM, FIDInception
 from rqvae.metrics.resize import Resize, resize
 from rqvae.weight_files import WeightFile
@@ -303,15 +302,6 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast: convolutions in TF32, cuDNN's default, change features in the third digit."""
-    cudnn = torch.backends.cudnn
-    flags = cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False)
-    with flags, torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _imagenet_normalised(levels_bchw: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ eigenvalues.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor
 
 from rqvae.errors import BadInput
-from rqvae.metrics.statistics import StreamingStatistics, as_rows
+from rqvae.metrics.statistics import StreamingStatistics, as_floats, as_rows
 
 EPS = torch.finfo(torch.float64).eps
 MOST_NEGATIVE = -1e-6
 """An eigenvalue (of the largest) or a distance (of the traces) that is lower than this is not rounding."""
+
+LARGEST = 1e140
+"""A variance above it would overflow in the product of two covariances."""
 
 BLOCK = 256
 """Columns of a triangular factor that are multiplied at once."""
@@ -136,8 +140,7 @@ def frechet_distance_features(x: Any, y: Any) -> float:
 
 
 def _vector(name: str, value: Any) -> Tensor:
-    vector = torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value).detach()
-    vector = vector.to("cpu", torch.float64)
+    vector = as_floats(name, value)
     if vector.ndim != 1 or not len(vector):
         raise BadInput(f"{name}: expected (D,), got {tuple(vector.shape)}")
     if not bool(torch.isfinite(vector).all()):
@@ -146,20 +149,25 @@ def _vector(name: str, value: Any) -> Tensor:
 
 
 def _matrix(name: str, value: Any, dim: int) -> Tensor:
-    matrix = torch.as_tensor(np.asarray(value) if not isinstance(value, Tensor) else value).detach()
+    matrix = as_floats(name, value)
     if tuple(matrix.shape) != (dim, dim):
         raise BadInput(f"{name}: expected ({dim}, {dim}), got {tuple(matrix.shape)}")
-    single = matrix.dtype != torch.float64
-    matrix = matrix.to("cpu", torch.float64)
+    single = value.dtype.itemsize < 8 if isinstance(value, Tensor | np.ndarray) else False
     # A sum is finite only if all its terms are, and takes 2 ms where a look at each of 2048 x 2048 takes 35.
     if not bool(torch.isfinite(matrix.sum())) and not bool(torch.isfinite(matrix).all()):
         raise BadInput(f"{name}: expected finite numbers, got NaN or infinity")
+    _check_size(matrix.diagonal().abs().max())
     if _looks_symmetric(matrix):
         return matrix
     asymmetry = (matrix - matrix.mT).abs().amax()
     if asymmetry > (1e-2 if single else 1e-6) * matrix.abs().amax():
         raise BadInput(f"{name}: expected a symmetric matrix, got entries that differ by {float(asymmetry):.3g}")
     return (matrix + matrix.mT) / 2
+
+
+def _check_size(variance: Tensor) -> None:
+    if not float(variance) < LARGEST:
+        raise BadInput(f"features: expected a variance below {LARGEST:g}, got {float(variance):g}")
 
 
 def _looks_symmetric(matrix: Tensor) -> bool:
@@ -233,6 +241,7 @@ def _sample_factor(rows_nd: Tensor) -> Tensor:
     """
     n = len(rows_nd)
     centred = (rows_nd - rows_nd.mean(0)) / (n - 1) ** 0.5
+    _check_size(centred.square().sum())
     axis = torch.full((n,), n**-0.5, dtype=torch.float64)
     axis[0] += 1.0
     axis /= axis.norm()
@@ -266,6 +275,8 @@ def _result(
 ) -> FrechetDistance:
     mean_term, covariance_term = float(difference @ difference), float(traces - 2 * roots.sum())
     value = mean_term + covariance_term
+    if not math.isfinite(value):
+        raise BadInput(f"mu1, mu2: expected means whose difference can be squared, got {mean_term:g}")
     if value < MOST_NEGATIVE * float(traces):
         raise BadInput(f"cov1, cov2: expected two covariances, their distance is {value:.3g}")
     return FrechetDistance(value, mean_term, covariance_term, route, rank, least_eigenvalue)

@@ -18,6 +18,8 @@ from rqvae.errors import BadInput
 from rqvae.files import file_sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+DEEP = {"F": "floats", "I": "32 bits"}
+"""Pillow's modes; I;16 and its relatives have 16."""
 ARRAY, LABELS = "arr_0", "arr_1"
 
 
@@ -125,13 +127,17 @@ def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8.
 
     Raises:
-        BadInput: not an image that can be read.
+        BadInput: not an image that can be read, or one of floats or of more than 8 bits, which Pillow would clip to 255
+            without a word.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            mode = image.mode
+            if mode[0] not in "FI":
+                return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise BadInput(f"{path}: expected an image: {error}") from error
+    raise BadInput(f"{path}: expected an image of 8 bits, got one of {DEEP.get(mode, '16 bits')}")
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:

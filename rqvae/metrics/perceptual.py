@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from rqvae.errors import BadInput
 from rqvae.lpips_network import load_lpips, lpips_trunk
+from rqvae.metrics.full_precision import full_float32
 from rqvae.metrics.reconstruction import to_8bit_levels
 
 
@@ -55,4 +56,5 @@ class LPIPSScore:
         if shapes[0] != shapes[1] or len(shapes[0]) != 4 or shapes[0][1] != 3:
             raise BadInput(f"lpips: expected two tensors (B, 3, H, W), got {shapes[0]} and {shapes[1]}")
         pair = (to_8bit_levels(x, torch.float32) for x in (recon_bchw, images_bchw))
-        return self._distance(*pair, normalize=True).flatten()
+        with full_float32(recon_bchw.device):
+            return self._distance(*pair, normalize=True).flatten()

@@ -16,6 +16,31 @@ from rqvae.errors import BadInput
 BUFFER_ROWS = 512
 
 
+def as_floats(name: str, value: Any) -> Tensor:
+    """Real numbers as a float64 tensor of the host.
+
+    Args:
+        name: what an error calls them.
+        value: tensor of any device, array of any byte order and strides, or lists; of integers or any float type.
+
+    Raises:
+        BadInput: complex numbers, booleans, or no numbers at all.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise BadInput(f"{name}: expected an array of numbers: {error}") from error
+        if array.dtype.kind not in "fiu":
+            raise BadInput(f"{name}: expected real numbers, got {array.dtype}")
+        array = np.asarray(array, np.float64, order="C")
+        return torch.from_numpy(array if array.flags.writeable else array.copy())
+    # Copying complex numbers to float64 would leave out the imaginary part with no more than a warning.
+    if value.is_complex() or value.dtype == torch.bool:
+        raise BadInput(f"{name}: expected real numbers, got {value.dtype}")
+    return value.detach().to("cpu", torch.float64)
+
+
 def as_rows(name: str, features: Any) -> Tensor:
     """Features as a finite (N, D) float64 tensor of the host.
 
@@ -26,11 +51,13 @@ def as_rows(name: str, features: Any) -> Tensor:
     Raises:
         BadInput: another shape or type, or a number that is not finite.
     """
-    tensor = torch.as_tensor(np.ascontiguousarray(features) if isinstance(features, np.ndarray) else features)
-    if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise BadInput(f"{name}: expected floats (N, D), got {tensor.dtype} {tuple(tensor.shape)}")
-    rows = tensor.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(rows).all()):
+    dtype = features.dtype if isinstance(features, Tensor | np.ndarray) else None
+    rows = as_floats(name, features)
+    counted = isinstance(dtype, torch.dtype) and not dtype.is_floating_point
+    if rows.ndim != 2 or counted or (isinstance(dtype, np.dtype) and dtype.kind != "f"):
+        raise BadInput(f"{name}: expected floats (N, D), got {dtype} {tuple(rows.shape)}")
+    # A sum is finite only if all its terms are, and needs no memory; a look at each of them as much as they take.
+    if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(1).nonzero()[0])
         raise BadInput(f"{name}: expected finite numbers, row {bad} has NaN or infinity")
     return rows

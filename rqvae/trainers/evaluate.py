@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +16,8 @@ from rqvae.errors import BadInput
 from rqvae.files import replacing, write_json, write_whole
 from rqvae.img_datasets.interfaces import LabeledImageData, Split
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.reconstruction import CONVENTIONS, ReconstructionScores
+from rqvae.metrics.protocol import cautions_of_pairs, protocol
+from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, ReconstructionScores, to_uint8
 from rqvae.models.interfaces import Stage1Model
 from rqvae.models.stage1.posterior import diagonal_kl
 from rqvae.run import AnyRun
@@ -77,10 +80,11 @@ def evaluate(run: AnyRun, backend: Backend, request: EvaluateRequest) -> dict[st
     make_folder(request.folder / "samples", "--checkpoint-path")
     scores = ReconstructionScores(backend.device, backend.widest_float)
     sums = torch.zeros(2, dtype=backend.widest_float, device=backend.device)
-    has_kl, saved = False, 0
+    has_kl, saved, digest = False, 0, hashlib.sha256()
     for batch, valid_b in walk.batches(request.max_images):
         images, raw, kl_b = _reconstruct(stage1, batch)
         scores.update(stage1.get_recon_imgs(raw), images, valid_b)
+        digest.update(to_uint8(images)[valid_b].cpu().numpy().tobytes())
         mse_b = (raw - images).to(sums.dtype).square().flatten(1).mean(1)
         has_kl = kl_b is not None
         rows = torch.stack([mse_b, torch.zeros_like(mse_b) if kl_b is None else kl_b.to(sums.dtype)])
@@ -90,8 +94,17 @@ def evaluate(run: AnyRun, backend: Backend, request: EvaluateRequest) -> dict[st
     found = ReconstructionScores.result(scores.state())
     mse, kl = (sums / found["n"]).tolist()
     result = {"mse": mse, **({"kl": kl} if has_kl else {}), **found}
-    _write(request, result, {"model": where, "data": walk.stream.dataset.fingerprint()})
+    facts = {"model": where, "data": walk.stream.dataset.fingerprint()}
+    _write(request, result, facts, _protocol(facts["data"], request.split, digest.hexdigest(), int(found["n"])))
     return result
+
+
+def _protocol(data: str, split: Split, sha256: str, n: int) -> dict[str, Any]:
+    """What the scores are of; `sha256` of the originals' 8-bit levels (N, 3, H, W), which have no file of their own."""
+    originals = {"path": None, "sha256": sha256, "n": n, "split": split, "data": data}
+    made = {"precision": "float32", "uint8_rule": UINT8_RULE, "image_format": "none: scored in memory"}
+    made["seed_rule"] = "no random numbers: the encoding's mean"
+    return protocol(originals, n, {}, made)
 
 
 def _model(run: AnyRun, request: EvaluateRequest) -> tuple[Stage1Model, str]:
@@ -124,10 +137,11 @@ def _save(request: EvaluateRequest, recon: Tensor, images: Tensor, valid: int, s
     return saved + count
 
 
-def _write(request: EvaluateRequest, result: dict[str, float], facts: dict[str, str]) -> None:
+def _write(request: EvaluateRequest, result: dict[str, float], facts: dict[str, str], fields: dict[str, Any]) -> None:
     units = {"mse": "image units [0, 1], mean over pixels and images", "kl": "nats, sum over an image's latent"}
     conventions = {**CONVENTIONS, **{name: text for name, text in units.items() if name in result}}
-    content = {**result, "split": request.split, **facts, "convention": conventions}
+    content: dict[str, Any] = {**result, "split": request.split, **facts, "convention": conventions}
+    content |= {"protocol": fields, "warnings": cautions_of_pairs(fields["n"])}
     write_json(request.folder / "eval_metrics.json", content)
     lines = [f"{name}: {value:.6g}" for name, value in result.items()]
     write_whole(request.folder / "eval_metrics.txt", "\n".join(lines) + "\n")
