@@ -115,7 +115,7 @@ class ChannelDynamics(Observer, Intervention):
     def after_backward(self, run: RunView, update: UpdateView) -> None:  # noqa: ARG002
         if update.module is not self.model:
             return
-        # the model has been seen whole: here and not after the step, since on xla what is summed up belongs to the
+        # the model has been seen whole: here and not after the step, since where steps are traced the sums belong to the
         # program of the step, and with a checkpoint behind it would otherwise be one more
         self.tracker.step()
         window = self.tracking.every * self.tracking.window
