@@ -115,8 +115,8 @@ class ChannelDynamics(Observer, Intervention):
     def after_backward(self, run: RunView, update: UpdateView) -> None:  # noqa: ARG002
         if update.module is not self.model:
             return
-        # the model has been seen whole: here and not after the step, since where steps are traced the sums belong to the
-        # program of the step, and with a checkpoint behind it would otherwise be one more
+        # the model has been seen whole: here and not after the step, since where steps are traced the sums are part
+        # of the step's program, and with a checkpoint behind it would otherwise be one more
         self.tracker.step()
         window = self.tracking.every * self.tracking.window
         if self.tracker.steps % window == 0:
