@@ -98,6 +98,21 @@ def test_snapshots_are_read_once_and_in_order(tmp_path: Path) -> None:
     assert places.tolist() == [0, 0, 0, 2, 4]  # columns at 10, 27.5, 45, 62.5, 80
 
 
+def test_one_snapshot_of_norms_without_beta_and_no_region(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for path in sorted((run / "channels").glob("*.npz"))[1:]:
+        path.unlink()
+    (path,) = (run / "channels").glob("*.npz")
+    arrays = {name: value[:1] for name, value in np.load(path).items()}
+    arrays["values"][:, FIELDS.index("beta")] = np.nan
+    np.savez(path, **arrays)
+    (run / "channels" / "regions.json").write_text('{"regions": []}')
+    page = Reader(write_channel_report(tmp_path / "r.html", title="T", runs=[run]))
+    assert page.tags.count("svg") == 3  # dead fraction, channels, gamma
+    assert "No channel was in any state but active" in page.text
+    assert "No run acted on a channel." in page.text
+
+
 def test_survival_is_that_of_a_count_by_hand(tmp_path: Path) -> None:
     """The act is before step 51: silent at 60, active at 70 and 80. A second act ends what is told of the first."""
     run = make_run(tmp_path / "run", "recycle")

@@ -135,11 +135,12 @@ def _legend_of_states(figure: Figure, states: np.ndarray, names: Sequence[str]) 
 def draw_histograms(files: ChannelFiles, bins: int = 60) -> str:
     """Gamma and beta of all layers that have them: how often each value occurs, over steps."""
     places, (left, right) = even_steps(files.kept_steps)
+    tables = {name: files.values[name].astype(np.float32) for name in ("gamma", "beta")}
+    tables = {name: table[:, ~np.isnan(table).any(0)] for name, table in tables.items()}
+    tables = {name: table for name, table in tables.items() if table.size}  # a norm may have no beta
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        figure, axes = _figure(2.9, 1, 2)
-        for panel, name in zip(axes, ("gamma", "beta"), strict=True):
-            table = files.values[name].astype(np.float32)
-            table = table[:, ~np.isnan(table).any(0)]
+        figure, axes = _figure(2.9, 1, len(tables))
+        for panel, (name, table) in zip(axes, tables.items(), strict=True):
             low, high = float(table.min()), float(table.max())
             pad = 0.02 * (high - low) or 0.01
             edges = np.linspace(low - pad, high + pad, bins + 1)
