@@ -231,6 +231,7 @@ def test_second_spellings(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("more", "ranks"),
     [(["--train.compile", "true"], 1), (["--train.parallel", "sharded", "--world-size", 2], 2)],
