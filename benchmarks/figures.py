@@ -10,6 +10,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "3": [["demo_scores"], ["trainer_overhead"], ["dit_step", "--peer", os.environ.get("DIT", "DiT")], ["code_size"]],
     "4": [["dit_compile", "--peer", os.environ.get("DIT", "DiT")]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"]],
+    "9": [["channel_tracking"]],
 }
 
 
