@@ -12,6 +12,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "5": [["ddp_overhead"]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"], ["fid_resize"], ["fid_jackknife"]],
     "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"]],
+    "9": [["channel_tracking"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],
         ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],

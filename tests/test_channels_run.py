@@ -237,6 +237,27 @@ def test_second_spellings(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("more", "ranks"),
+    [(["--train.compile", "true"], 1), (["--train.parallel", "sharded", "--world-size", 2], 2)],
+    ids=["compile", "sharded"],
+)
+def test_counts_where_the_model_is_compiled_or_split(more: list, ranks: int, cli: CLI, tmp_path: Path) -> None:
+    """A probe pass sees every layer in every observed step on every rank, and changes no weight."""
+    short = ["--train.steps", 6, "--checkpoint.every", 6, "--online_eval.every", "null", "--pictures.every", "null"]
+    more = [*more, *short]
+    run = train(cli, tmp_path / "a", *more, "--tracking.enabled", "true", "--tracking.every", 2)
+    found = shards(run)
+    assert found["step"].tolist() == [2, 4, 6]
+    assert (found["counts"] == ranks).all()
+    assert (found["observations"] == ranks).all()
+    plain = rows(train(cli, tmp_path / "b", *more))
+    losses = [row["train/loss_total"] for row in rows(run)]
+    assert losses == [row["train/loss_total"] for row in plain]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch_xla is not installed")
 def test_xla_compiles_nothing_more_in_steady_state(tmp_path: Path) -> None:
     from tests.test_xla import steady

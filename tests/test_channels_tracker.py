@@ -123,18 +123,42 @@ def test_spread_of_a_large_constant_is_kept() -> None:
     assert float(snapshot.values["std"][0]) == pytest.approx(output.detach().double().numpy().std(), rel=1e-3)
 
 
-def test_large_maps_are_sampled_with_an_odd_stride() -> None:
+def test_large_maps_are_sampled_in_runs_with_an_odd_stride() -> None:
+    """Of 256 runs of 16 neighbours every 17th: 240 positions of 4096, at every column."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
     tracker, x = ChannelTracker(model, ["Conv2d"]), torch.randn(2, 1, 64, 64)
     with torch.no_grad():
-        a = model[0](x).double().flatten(2)[..., ::5]
+        a = model[0](x).double().flatten(2)
+    chosen = [position for run in range(0, 256, 17) for position in range(16 * run, 16 * run + 16)]
+    assert {position % 64 for position in chosen} == set(range(64))
+    a = a[..., chosen]
     model(x).mean().backward()
     tracker.step()
     snapshot = tracker.snapshot()
     assert snapshot is not None
     np.testing.assert_allclose(snapshot.values["sensitivity"], (a > 0).double().mean((0, 2)), rtol=1e-6)
     np.testing.assert_allclose(snapshot.values["near_zero"], (a.relu() <= 1e-3).double().mean((0, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_maps_of_any_size_and_order_in_memory(order: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken in parts of one, two and all samples; what does not depend on the sampled positions is exact."""
+    torch.manual_seed(0)
+    a = (torch.randn(5, 6, 40, 40) * 3 + 2).to(memory_format=order)
+    model = nn.Sequential(nn.Identity(), nn.Conv2d(6, 6, 1), nn.SiLU())
+    nn.init.dirac_(model[1].weight)  # type: ignore[arg-type]
+    nn.init.zeros_(model[1].bias)  # type: ignore[arg-type]
+    expected = by_hand(a.double().numpy(), "silu")
+    for part in (1, 2 * 6 * 1600, 2**20):
+        monkeypatch.setattr("rqvae.callbacks.channels.statistics.PART_ELEMENTS", part)
+        tracker = ChannelTracker(model, ["Conv2d"])
+        model(a).mean().backward()
+        tracker.step()
+        values = stats(tracker).of("1")
+        for name in ("mean", "std", "abs", "peak"):
+            np.testing.assert_allclose(values[name], expected[name], rtol=1e-5, err_msg=name)
+        tracker.close()
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 2))])

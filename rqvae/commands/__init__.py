@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "export": "write a trained model as a folder that loads anywhere, or that diffusers loads",
     "consolidate": "write a checkpoint of sharded training as one of whole safetensors files",
     "report": "one page on one or several runs: curves, values, pictures, differences",
+    "report-channels": "one page on the channels of tracked runs; also `report channels`",
     "health": "judge a training run from its log, of any usual format",
     "diagnose": "find the submodule of a VAE decoder, or the combination, that a compiler breaks",
     "collect": "record game frames with a scripted policy",

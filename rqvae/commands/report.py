@@ -27,11 +27,15 @@ def parser() -> Parser:
 
 def run(arguments: Sequence[str]) -> int:
     """Write one page on one run, or on several side by side: curves, values, pictures, differences."""
+    if arguments and arguments[0] == "channels":  # a run of that name is ./channels
+        from rqvae.commands import report_channels
+
+        return report_channels.run(arguments[1:])
     options = parser().parse_args(list(arguments))
 
     from rqvae.reports.run_report import distinct_names, write_report
 
-    _check_out(options.out)
+    check_out(options.out)
     runs = [folder_at(run) for run in options.runs]
     names = distinct_names(runs)
     title = options.title or (names[0] if len(names) == 1 else f"{len(names)} runs")
@@ -40,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """BadInput unless `out` names a page that can be written; nothing is made."""
     if out.suffix != ".html" or out.is_dir():
         raise BadInput(f"--out {out}: expected a file that ends in .html")

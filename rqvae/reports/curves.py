@@ -77,7 +77,7 @@ def draw_curves(runs: Sequence[Metrics], keys: Sequence[str], against: XAxis = "
     panels += [(key, scale) for key in with_log for scale in ("linear", "log")]
     panels += [(key, "linear") for key in keys[first:] if key not in with_log]
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        return _svg(_figure(runs, panels, against))
+        return to_svg(_figure(runs, panels, against))
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
@@ -202,7 +202,7 @@ def _look(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "linestyle": ("-", "--", ":")[k // len(COLOURS) % 3]}
 
 
-def _svg(figure: Figure) -> str:
+def to_svg(figure: Figure) -> str:
     """The figure as an element of a page: no prologue, no metadata, no ids but those that are referred to."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", facecolor="none", metadata={"Date": None})

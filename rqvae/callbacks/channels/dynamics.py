@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,7 @@ class ChannelDynamics(Observer, Intervention):
         self._acted_at = torch.full((count,), -1, dtype=torch.int64)
         self._frozen = torch.zeros(count, dtype=torch.bool)
         self._last_act = -1
+        self._taken: tuple[Tensor, Callable[[Tensor], Snapshot]] | None = None
         self._store: Store | None = None
         self._described = False
 
@@ -112,14 +113,18 @@ class ChannelDynamics(Observer, Intervention):
                         self.model(micro)
 
     def after_backward(self, run: RunView, update: UpdateView) -> None:  # noqa: ARG002
-        if update.module is self.model:
-            self.tracker.after_backward()
+        if update.module is not self.model:
+            return
+        # the model has been seen whole: here and not after the step, since where steps are traced the sums are part
+        # of the step's program, and with a checkpoint behind it would otherwise be one more
+        self.tracker.step()
+        window = self.tracking.every * self.tracking.window
+        if self.tracker.steps % window == 0:
+            self._taken = self.tracker.take()
 
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
-        window = self.tracking.every * self.tracking.window
-        self.tracker.step()
-        if self.tracker.steps % window == 0 and (taken := self.tracker.take()) is not None:
-            flat, read = taken
+        if self._taken is not None:
+            (flat, read), self._taken = self._taken, None
             self._backend.when_read(lambda host: self._take_in(run, read(host)), flat)
 
     def on_fit_end(self, run: RunView) -> None:  # noqa: ARG002

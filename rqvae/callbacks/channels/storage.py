@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rqvae.callbacks.channels.classifier import STATES, Region
+from rqvae.callbacks.channels.classifier import DEAD, STATES, Region
 from rqvae.callbacks.channels.layers import Layer
 from rqvae.callbacks.channels.snapshot import Snapshot
 from rqvae.callbacks.channels.statistics import ACTIVATION_SUMS, PARAMETERS
@@ -51,8 +51,8 @@ class Store:
             }
             for layer in self._layers
         ]
-        content = {"layers": rows, "fields": FIELDS, "latent_fields": LATENT_FIELDS, "states": STATES, **settings}
-        write_json(self.folder / "layers.json", content)
+        named = {"fields": FIELDS, "latent_fields": LATENT_FIELDS, "states": STATES, "dead": DEAD}
+        write_json(self.folder / "layers.json", {"layers": rows, **named, **settings})
 
     def trim(self, step: int) -> None:
         """Drop what comes after `step`: a run that goes on there does it again."""

@@ -24,7 +24,14 @@ from rqvae.callbacks.channels.layers import find_layers
 from rqvae.callbacks.channels.readings import Readings
 from rqvae.callbacks.channels.settings import Thresholds
 from rqvae.callbacks.channels.snapshot import Snapshot
-from rqvae.callbacks.channels.statistics import activation_sums, as_rows, latent_sums, pair_sums, parameter_table
+from rqvae.callbacks.channels.statistics import (
+    Scratch,
+    activation_sums,
+    as_rows,
+    latent_sums,
+    pair_sums,
+    parameter_table,
+)
 from rqvae.callbacks.channels.wiring import Discovery, Layer, Wire, in_backward
 from rqvae.errors import BadInput, RunFailed
 
@@ -91,6 +98,7 @@ class ChannelTracker:
         self.classifier = Classifier(self.layers, self.thresholds)
         self._dtype, self._reduce, self._world_size, self._whole = dtype, reduce, world_size, whole
         self._readings = Readings(self.layers, dtype)
+        self._scratch = Scratch()
         self._discovery: Discovery | None = None
         self._handles: list[Any] = []
         self._live, self._has_parameters = False, False
@@ -142,13 +150,11 @@ class ChannelTracker:
                 f"channel tracking: step {self.steps + 1}: layer {unseen[0]} ({len(unseen)} of {len(self.layers)}) "
                 f"was not observed: {how}"
             )
-        self._unhook()
         self.steps += 1
         self._begin_step()
 
     def go_on_at(self, step: int) -> None:
         """Count steps from here on: a resumed run."""
-        self._unhook()
         self.steps = step
         self._begin_step()
 
@@ -211,6 +217,9 @@ class ChannelTracker:
 
     def _begin_step(self) -> None:
         self._has_parameters = False
+        if self.armed and self._handles and self.wires is not None and not self.probing:
+            return  # every step is observed: the hooks stay
+        self._unhook()
         if self.watching and not self.probing:
             self._hook()
 
@@ -253,7 +262,7 @@ class ChannelTracker:
         if not self.armed:  # a forward that was watched for the layers' neighbours alone
             return
         rows_bcn = as_rows(output, layer)
-        sums = activation_sums(rows_bcn, wire, self.thresholds.near_zero, self._dtype)
+        sums = activation_sums(rows_bcn, wire, self.thresholds.near_zero, self._dtype, self._scratch)
         self._readings.add(layer, sums, len(rows_bcn))
         if self.pairs:
             h_bcn = rows_bcn if wire.activation is None else wire.activation(rows_bcn)
