@@ -42,7 +42,7 @@ def cli() -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def _vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What diffusers writes of an `AutoencoderKL` with Stable Diffusion's factor, latent and scale, and few channels."""
+    """What diffusers writes of an `AutoencoderKL` with Stable Diffusion's factor and latent, few channels."""
     from rqvae.models.stage1.untrained_autoencoder_kl import UntrainedAutoencoderKL
 
     folder = tmp_path_factory.mktemp("vae")

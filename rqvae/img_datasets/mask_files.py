@@ -101,7 +101,7 @@ def read_index(folder: Path, num_classes: int, index: Path) -> MaskIndex:
     key = _key(folder, names, num_classes)
     if index.exists():
         kept = read_json(index, "remove it")
-        if not isinstance(kept, dict) or not {"key", "pixels"} <= kept.keys():
+        if not {"key", "pixels"} <= kept.keys():
             raise BadInput(f"{index}: expected an index of masks (key and pixels), got something else; remove it")
         if kept["key"] == key:
             return MaskIndex(tuple(names), torch.tensor(kept["pixels"], dtype=torch.int64), key)
