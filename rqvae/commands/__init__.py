@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "diagnose": "find the submodule of a VAE decoder, or the combination, that a compiler breaks",
     "collect": "record game frames with a scripted policy",
     "rollout": "evaluate a world model: one step, rollouts, control, persistence",
+    "canvas": "sample an image of any size from a mask of any size, tile by tile",
     "layout": "judge whether a generator on masks puts each class where its mask says",
     "convert-config": "turn a config of DiffInfinite's image model into one of ours",
     "selfcheck": "check that a backend works on this machine",
