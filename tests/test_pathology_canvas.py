@@ -17,7 +17,8 @@ from rqvae.img_datasets.interfaces import MaskCondition
 from rqvae.metrics.mask_colours import coloured
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator
-from rqvae.trainers.canvas import CanvasRequest, read_painted, sample_canvas, seam_ratio
+from rqvae.trainers.canvas import CanvasRequest, sample_canvas, seam_ratio
+from rqvae.trainers.painted_masks import read_painted
 from rqvae.trainers.stage2_trainer import make_two_stage
 from tests.conftest import only
 

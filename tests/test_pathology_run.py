@@ -218,3 +218,45 @@ def test_configs_that_are_not_the_originals(text: str, words: str, tmp_path: Pat
     assert cli("convert-config", tmp_path / "dm.yaml", tmp_path / "out.yaml") == 2
     assert words in capfd.readouterr().err
     assert not (tmp_path / "out.yaml").exists()
+
+
+def write_folder(folder: Path) -> list[object]:
+    """24 labelled images with two or three classes each and 6 without masks; options that train on them."""
+    (folder / "labelled").mkdir(parents=True)
+    (folder / "more").mkdir()
+    for i in range(30):
+        rng = np.random.default_rng(i)
+        picture = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        picture.save(folder / ("labelled" if i < 24 else "more") / f"{i:02d}.jpg")
+        if i < 24:
+            mask = rng.permutation(5)[:3][rng.integers(0, 3, (4, 4))].repeat(8, 0).repeat(8, 1)
+            Image.fromarray(mask.astype(np.uint8)).save(folder / "labelled" / f"{i:02d}_mask.png")
+    arguments = {"data_folder": str(folder / "labelled"), "unlabelled": str(folder / "more")}
+    dataset = {
+        "class_path": "rqvae.img_datasets.pathology.Pathology",
+        "init_args": arguments | {"size": 32, "num_classes": 5},
+    }
+    return ["--data.dataset", json.dumps(dataset)]
+
+
+def test_a_folder_of_ones_own_trains(tmp_path: Path, cli, capfd) -> None:
+    """Labelled and unlabelled together; then masks of one's own are sampled, and bad ones are told in a line."""
+    own = write_folder(tmp_path / "data")
+    assert cli(*command(tmp_path, *own)) == 0
+    assert "train: 28 images, 6 unlabelled, class counts" in capfd.readouterr().err
+    run, out = only(tmp_path / "p"), tmp_path / "out"
+    found = [line for line in lines(run) if line["stage"] == "image"]
+    assert all(line["mask"]["unique"] == [5] for line in found if "/more/" in line["path"])
+    given = ["--masks", tmp_path / "data" / "labelled", "--backend", "cpu"]
+    assert cli("sample", run, "--num", 3, "--out", out, *given) == 0
+    assert sorted(path.name for path in out.rglob("*.png")) == sorted([f"{i:06d}.png" for i in range(3)] * 2)
+    assert json.loads((out / "provenance.json").read_text())["masks"][0] == "00_mask.png"
+    assert cli("sample", run, "--num", 3, "--out", tmp_path / "none", "--backend", "cpu") == 2
+    assert "--masks: expected a PNG or a folder of masks, the model is on masks, got none" in capfd.readouterr().err
+    first = tmp_path / "data" / "labelled" / "00_mask.png"
+    Image.new("L", (32, 32), 9).save(first)
+    assert cli(*command(tmp_path / "bad", *own)) == 2
+    assert f"{first}: expected class numbers below 5 (num_classes), got 9" in capfd.readouterr().err
+    Image.new("L", (16, 32), 1).save(first)
+    assert cli("sample", run, "--num", 3, "--out", tmp_path / "small", *given) == 2
+    assert "expected a mask of 32 x 32, got 32 x 16" in capfd.readouterr().err

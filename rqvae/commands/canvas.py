@@ -38,7 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae.api import load
     from rqvae.errors import BadInput
     from rqvae.files import replacing, write_json
-    from rqvae.trainers.canvas import CanvasRequest, read_painted, sample_canvas
+    from rqvae.trainers.canvas import CanvasRequest, sample_canvas
+    from rqvae.trainers.painted_masks import read_painted
 
     request = CanvasRequest(options.steps, options.overlap, options.seed, options.batch_size)
     if options.out.suffix != ".png" or not options.out.parent.is_dir():

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  (the name everyone knows)
-from PIL import Image
 from torch import Tensor
 
 from rqvae.diffusion.canvas import Order, Tile, Tilings, walk
 from rqvae.diffusion.denoiser import Denoiser
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import MaskCondition
-from rqvae.img_datasets.mask_files import read_mask
-from rqvae.metrics.mask_colours import palette
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.interfaces import Stage1Encodings
 from rqvae.models.stage2.diffusion import LatentDiffusion
@@ -47,34 +43,6 @@ class CanvasRequest:
         for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size)):
             if value is not None and value < 1:
                 raise BadInput(f"{name}: expected at least 1, got {value}")
-
-
-def read_painted(path: Path, num_classes: int) -> Tensor:
-    """(H, W) int64 in [0, K] of a PNG of class numbers, or of one in the colours of `rqvae.metrics.mask_colours`.
-
-    Raises:
-        BadInput: a file that is neither; the first colour that is none of a class is named with its place.
-    """
-    try:
-        with Image.open(path) as file:
-            if file.mode not in ("RGB", "RGBA"):
-                return read_mask(path, num_classes)
-            pixels = np.array(file.convert("RGB")).astype(np.int64)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadInput(f"{path}: expected a readable mask, got {type(error).__name__}") from error
-    code = np.array([1 << 16, 1 << 8, 1])
-    colours, painted = palette(num_classes).astype(np.int64) @ code, pixels @ code
-    mask = np.full(painted.shape, -1, dtype=np.int64)
-    for number, colour in enumerate(colours):
-        mask[painted == colour] = number
-    if (mask < 0).any():
-        row, column = np.argwhere(mask < 0)[0].tolist()
-        named = ", ".join(f"{k} #{colour:06x}" for k, colour in enumerate(colours.tolist()))
-        raise BadInput(
-            f"{path}: expected colours of classes ({named}), got #{int(painted[row, column]):06x} at row {row}, "
-            f"column {column}"
-        )
-    return torch.from_numpy(mask)
 
 
 def sample_canvas(
