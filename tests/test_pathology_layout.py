@@ -74,17 +74,17 @@ def test_the_command_prints_and_writes_the_scores(tmp_path: Path, cli, capfd) ->
 
 @pytest.mark.slow
 def test_a_trained_generator_keeps_the_layout_and_the_original_cannot(tmp_path: Path, cli) -> None:
-    """procedural.yaml and procedural_legacy.yaml at a quarter of their steps, judged by the same command."""
-    scores = {}
+    """procedural.yaml and procedural_legacy.yaml at half of their steps, judged alike: 20 minutes."""
+    scores, judge = {}, ["--images", 48, "--judge-steps", 300, "--backend", "cpu"]
     for name in ("procedural", "procedural_legacy"):
         line = ["--save-dir", tmp_path / name, "--project", "p", "--backend", "cpu", "--logging.progress", "false"]
-        more = ["--train.steps", 1000, "--pictures.every", "null"]
+        more = ["--train.steps", 2000, "--pictures.every", "null"]
         assert cli("train", f"configs/pathology/{name}.yaml", *line, *more) == 0
         file = tmp_path / f"{name}.json"
-        assert cli("layout", only(tmp_path / name / "p"), "--images", 64, "--json", file, "--backend", "cpu") == 0
+        assert cli("layout", only(tmp_path / name / "p"), *judge, "--json", file) == 0
         scores[name] = json.loads(file.read_text())
     told, blind = scores["procedural"], scores["procedural_legacy"]
     assert told["real"] > 0.9
     assert told["share"] > 0.8
     assert told["shuffled"] < 0.35
-    assert blind["share"] < 0.5
+    assert blind["share"] < 0.6
