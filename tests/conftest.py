@@ -40,6 +40,24 @@ def cli() -> Callable[..., int]:
     return lambda *arguments: run([str(a) for a in arguments])
 
 
+@pytest.fixture(scope="session")
+def _vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What diffusers writes of an `AutoencoderKL` with Stable Diffusion's factor and latent, few channels."""
+    from rqvae.models.stage1.untrained_autoencoder_kl import UntrainedAutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    small = UntrainedAutoencoderKL(block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_groups=4)
+    small.save_source(folder)
+    return folder
+
+
+@pytest.fixture
+def small_hub_vae(_vae_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of every autoencoder that a config takes from the hub."""
+    monkeypatch.setattr("rqvae.models.stage1.diffusers_vae.find_folder", lambda *_, **__: _vae_folder)
+    return _vae_folder
+
+
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start `python -m rqvae ...` as a process of its own."""
     command = [sys.executable, "-m", "rqvae", *map(str, arguments)]

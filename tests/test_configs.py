@@ -19,6 +19,7 @@ from tests.conftest import ROOT, only, rows, tensors
 
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 GOLDEN = Path(__file__).parent / "golden"
+pytestmark = pytest.mark.usefixtures("small_hub_vae")
 
 
 def eighth(config: dict, frames: Path) -> dict:
@@ -43,6 +44,11 @@ def eighth(config: dict, frames: Path) -> dict:
     for second_spelling in ("num_train_epochs", "report_to"):
         config.pop(second_spelling, None)
     dataset = config["data"]["dataset"]
+    masks = dataset["class_path"].startswith(("rqvae.img_datasets.pathology.", "rqvae.img_datasets.tissue."))
+    if masks:
+        drawn = {"size": 32, "images": 64, "unlabelled": 0.25, "p_cond": 0.5}
+        small["data"]["dataset"] = {"class_path": "rqvae.img_datasets.tissue.ProceduralTissue", "init_args": drawn}
+        config["data"].pop("train_transform", None)
     config["data"] |= small.pop("data")
     if dataset["init_args"].get("context"):
         collect("maze-chase", 400, 32, frames)
@@ -60,7 +66,7 @@ def eighth(config: dict, frames: Path) -> dict:
     if "stage2" in config:
         backbone = config["stage2"]["init_args"]["backbone"]["init_args"]
         narrow(backbone)
-        config["stage2"]["init_args"]["drop_condition"] = 0.5
+        config["stage2"]["init_args"]["drop_condition"] = 0 if masks else 0.5
     return config
 
 
@@ -72,7 +78,8 @@ def narrow(backbone: dict) -> None:
         backbone |= {"depth": min(depth, 4), "width": max(8, width // 8 // heads * heads), "heads": heads}
         backbone.pop("size", None)
         return
-    backbone |= {"width": max(8, backbone["width"] // 8), "norm_groups": 4, "heads": 2}
+    backbone |= {"width": max(8, backbone["width"] // 8), "norm_groups": 4}
+    backbone |= {"heads": 2} if "heads" in backbone else {}
     if "token_width" in backbone:
         backbone |= {"token_width": max(8, backbone["token_width"] // 8), "depth": min(backbone["depth"], 4)}
 

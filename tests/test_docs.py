@@ -45,6 +45,7 @@ def keys_of(config: dict[str, Any], owner: str = "", prefix: str = "") -> Iterat
             yield from keys_of(value, owner, f"{prefix}{key}.")
 
 
+@pytest.mark.usefixtures("small_hub_vae")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_key_of_the_shipped_configs_is_on_the_page(path: Path) -> None:
     """The keys are those that the config parser resolves, which knows nothing of the page."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from rqvae.commands import COMMANDS
 from rqvae.games.collect import collect
@@ -38,6 +39,9 @@ SHORTER = {
     "python -m rqvae make-reference": "--extractor random-vgg16 --images 8 --batch-size 4",
     "python -m rqvae diagnose": "--backend aot_eager",
     "python -m rqvae rollout": "--starts 2 --horizon 4 --seeds 0",
+    "python -m rqvae layout": "--images 2 --judge-steps 2",
+    "python -m rqvae canvas": "--steps 2",
+    "python -m rqvae train configs/pathology": "--train.steps 2 --pictures.every null",
     "python -m rqvae train configs/maze_chase": "--train.steps 2 --data.workers 0 --pictures.every null",
     "./train": "--train.steps 2 --data.workers 0 --pictures.every null",
     "python -m rqvae train": "--train.steps 2 --data.workers 0",
@@ -71,7 +75,7 @@ class World:
 
     folder: Path
     runs: dict[int, Path]
-    """Stage1, Stage2, and a world model under 3."""
+    """Stage1, Stage2, a world model under 3 and a generator on masks under 4."""
 
     def fill(self, example: str) -> str:
         """The example with its placeholders filled, its optional arguments left out, and shortened."""
@@ -80,6 +84,7 @@ class World:
             "PROJECT": "p", "SAVE_DIR": "saved", "CONFIG": f"configs/debug/stage{stage}.yaml", "WORLD_SIZE": "1",
             "RUN_NAME": "r", "CKPT": str(self.runs[1]), "RUN": str(self.runs[2]), "STAGE1_RUN": str(self.runs[1]),
             "WORLD_RUN": str(self.runs[3]), "STAGE2_CONFIG": str(self.runs[2] / "config.yaml"),
+            "TISSUE_RUN": str(self.runs[4]),
         }  # fmt: skip
         text = re.sub(r"\s\[[A-Z_ .]+\]", "", example)
         text = re.sub(r"\b(" + "|".join(values) + r")\b(?!=)", lambda m: values[m[1]], text)
@@ -109,6 +114,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     line += ["--train.steps", 2, "--data.dataset.init_args.root", folder / "frames", "--pictures.every", "null"]
     assert run([str(word) for word in line]) == 0
     runs[3] = only(folder / "trained" / "world")
+    line = ["train", "configs/pathology/short_test.yaml", "--save-dir", folder / "trained", "--project", "tissue"]
+    assert run([str(word) for word in line]) == 0
+    runs[4] = only(folder / "trained" / "tissue")
+    Image.new("L", (40, 50), 3).save(folder / "mask.png")
     for place in re.findall(r"rqvae\.load\(\"(runs/[^\"]+)\"\)", README):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).symlink_to(runs[2])

@@ -19,12 +19,17 @@ from rqvae.callbacks.interfaces import Observer, RunView
 from rqvae.img_datasets.interfaces import LabeledImageData, MaskCondition
 from rqvae.models.interfaces import Stage2ModelOutput
 from rqvae.models.layers.embeddings import TimestepEmbedding
-from rqvae.models.layers.mask_embedding import MaskDistributionEmbedding, MaskLayout, class_distribution
+from rqvae.models.layers.mask_embedding import (
+    LegacyMaskEmbedding,
+    MaskDistributionEmbedding,
+    MaskLayout,
+    class_distribution,
+)
 
 log = logging.getLogger(__name__)
 
 FILE = "debug.jsonl"
-EMBEDDINGS = (TimestepEmbedding, MaskDistributionEmbedding, MaskLayout)
+EMBEDDINGS = (TimestepEmbedding, MaskDistributionEmbedding, LegacyMaskEmbedding, MaskLayout)
 
 
 def facts_of(x: Tensor) -> dict[str, Any]:
@@ -90,7 +95,7 @@ class Trace(Observer):
             if not self.stage2.training:
                 return
             facts: dict[str, Any] = {"name": name, "class": type(module).__name__, "output": facts_of(output.detach())}
-            if isinstance(module, MaskDistributionEmbedding):
+            if isinstance(module, MaskDistributionEmbedding | LegacyMaskEmbedding):
                 shares = class_distribution(inputs[0].mask, module.num_classes, torch.float64)
                 table = list(module.table.weight.shape)
                 facts |= {"class_distribution": shares.tolist(), "table": table}

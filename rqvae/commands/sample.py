@@ -20,6 +20,7 @@ def parser() -> Parser:
     own.add_argument("run", metavar="RUN", help="run, checkpoint or exported folder, its URL, shipped name, or hub id")
     own.add_argument("--num", type=int, default=64, help="how many images")
     own.add_argument("--class", dest="labels", type=numbers, default=(), metavar="K[,K...]", help="classes in turn")
+    own.add_argument("--masks", type=Path, metavar="DIR|FILE.png", help="masks in turn, for a generator on masks")
     own.add_argument("--steps", type=int, help="solver steps; the run's own by default")
     own.add_argument("--cfg", type=float, help="scale of classifier-free guidance; the run's own by default")
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     from rqvae.trainers.generate import SampleRequest, generate
     from rqvae.trainers.parts import compile_planned
 
-    request = SampleRequest(options.out, options.num, options.labels, options.seed, options.batch_size)
+    request = SampleRequest(options.out, options.num, options.labels, options.seed, options.batch_size, options.masks)
     solver = find_solver(options.solver)
     if backends.needs_launch(check_world_size(options)):
         return backends.launch(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +94,16 @@ def read_index(folder: Path, num_classes: int, index: Path) -> MaskIndex:
         index: the file it is kept in.
 
     Raises:
-        BadInput: an image without a mask, a mask that `read_mask` refuses or of another size than its image, or an
-            index that cannot be written.
+        BadInput: an image without a mask or a mask without an image, a mask that `read_mask` refuses or of another size
+            than its image, or an index that is none or cannot be written.
     """
     names = image_names(folder)
     key = _key(folder, names, num_classes)
     if index.exists():
         kept = read_json(index, "remove it")
-        if kept.get("key") == key:
+        if not {"key", "pixels"} <= kept.keys():
+            raise BadInput(f"{index}: expected an index of masks (key and pixels), got something else; remove it")
+        if kept["key"] == key:
             return MaskIndex(tuple(names), torch.tensor(kept["pixels"], dtype=torch.int64), key)
     _log.info("%s: counting the classes of %d masks, once", folder, len(names))
     with ThreadPoolExecutor() as pool:
@@ -134,8 +136,12 @@ def check_apart(labelled: Path, names: Iterable[str], unlabelled: Path, others: 
                 raise BadInput(f"{file}: expected an image that is not in {labelled} too, got the content of {name}")
 
 
-def _key(folder: Path, names: Iterable[str], num_classes: int) -> str:
-    """Hash of what the index was made from."""
+def _key(folder: Path, names: Sequence[str], num_classes: int) -> str:
+    """Hash of what the index was made from; BadInput where an image or a mask is without the other."""
+    stems = {Path(name).stem for name in names}
+    for mask in sorted(name for name in os.listdir(folder) if name.endswith(MASK_ENDING)):
+        if mask.removesuffix(MASK_ENDING) not in stems:
+            raise BadInput(f"{folder / mask}: expected the image of this mask beside it, got none")
     rows = [f"classes {num_classes}"]
     for name in names:
         for path in (folder / name, mask_of(folder / name)):

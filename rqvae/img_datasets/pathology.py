@@ -172,7 +172,8 @@ class Pathology(MaskDataset):
         """Read or make the index, split, count.
 
         Raises:
-            BadInput: files that are missing, wrong, or in both folders; a class without images in training.
+            BadInput: files that are missing, wrong, or in both folders; a split without images; a class without
+                images in training.
         """
         index = read_index(self.folder, self.num_classes, self.index)
         others = image_names(self.unlabelled) if self.unlabelled else []
@@ -182,6 +183,12 @@ class Pathology(MaskDataset):
         kinds = self._kinds(index.names, present)
         mine: Split = "test" if self.split == "val" and not self.shares[1] else self.split
         chosen = [i for i, name in enumerate(index.names) if kinds[self._group(name)] == mine]
+        if not chosen:
+            key = "val_share" if mine == "val" else "test_share"
+            share = self.shares[mine == "val"]
+            raise BadInput(
+                f"{key}: expected a share that gives the {mine} split an image, got {share:g} of {len(index.names)}"
+            )
         self._paths = [self.folder / index.names[i] for i in chosen]
         rows = present[torch.tensor(chosen, dtype=torch.int64)]
         if self.unlabelled and mine == "train":

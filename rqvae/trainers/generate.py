@@ -21,11 +21,13 @@ from rqvae.diffusion.sampling import Sampler
 from rqvae.errors import BadInput
 from rqvae.files import read_json, replacing, write_json
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
+from rqvae.metrics.mask_colours import coloured
 from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import as_pictures
+from rqvae.trainers.painted_masks import masks_in, masks_in_turn
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.run_folder import make_folder
 
@@ -40,6 +42,7 @@ class SampleRequest:
         labels: classes or actions to take in turn; empty takes all in turn, so that their counts differ by one at most.
         seed: image i is a function of (seed, i).
         batch_size: images of one forward; batch k is computed by rank k modulo world size.
+        masks: a PNG or a folder of them, taken in turn, for a model on masks; they go to `out`/masks, coloured.
     """
 
     out: Path
@@ -47,6 +50,7 @@ class SampleRequest:
     labels: tuple[int, ...] = ()
     seed: int = 0
     batch_size: int = 64
+    masks: Path | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("--num", self.num), ("--batch-size", self.batch_size)):
@@ -75,6 +79,14 @@ def labels_of(spec: DataSpec, request: SampleRequest) -> Tensor | None:
         raise BadInput(f"--class: expected numbers in [0, {count - 1}], got {wrong[0]}")
     choices = torch.tensor(request.labels or range(count))
     return choices[torch.arange(request.num) % len(choices)]
+
+
+def masks_of(spec: DataSpec, request: SampleRequest) -> list[Path]:
+    """The mask files of a model on masks; none for others."""
+    if bool(spec.num_mask_classes) != (request.masks is not None):
+        wanted = "a PNG or a folder of masks, the model is" if spec.num_mask_classes else "none, the model is not"
+        raise BadInput(f"--masks: expected {wanted} on masks, got {request.masks or 'none'}")
+    return [] if request.masks is None else masks_in(request.masks)
 
 
 def condition_of(spec: DataSpec, labels_b: Tensor | None) -> Condition | None:
@@ -124,9 +136,10 @@ def generate(
     Raises:
         BadInput: `out` holds something else.
     """
-    labels = labels_of(spec, request)
+    labels, masks = labels_of(spec, request), masks_of(spec, request)
     facts = {
         **source,
+        **({"masks": [file.name for file in masks]} if masks else {}),
         "num": request.num,
         "labels": "none" if labels is None else f"in turn from {list(request.labels) or 'all'}",
         "seed": request.seed,
@@ -153,13 +166,16 @@ def generate(
         if part.exists():
             continue
         chosen = None if labels is None else labels[torch.arange(first, first + request.batch_size) % len(labels)]
-        condition = condition_of(spec, chosen)
+        if masks:
+            condition: Condition | None = masks_in_turn(masks, spec, first, request.batch_size)
+        else:
+            condition = condition_of(spec, chosen)
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
         write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"))
         _write(part, as_pictures(two_stage.decode(output)))
     backend.barrier()
-    return on_main(backend, lambda: _finish(request, labels, facts))
+    return on_main(backend, lambda: _finish(request, spec, labels, facts))
 
 
 def _batches(request: SampleRequest, backend: Backend) -> Iterator[tuple[int, int]]:
@@ -204,7 +220,7 @@ def _images(request: SampleRequest) -> Iterator[tuple[int, np.ndarray]]:
         yield first, np.load(part)[: request.num - first].transpose(0, 2, 3, 1)
 
 
-def _finish(request: SampleRequest, labels: Tensor | None, facts: dict[str, Any]) -> dict[str, Any]:
+def _finish(request: SampleRequest, spec: DataSpec, labels: Tensor | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Put the parts together and remove them."""
     shape = list(next(_images(request))[1].shape[1:])
     facts = {**facts, "nfe": json.loads((request.parts / "nfe.json").read_text()), "image_shape": shape}
@@ -215,9 +231,21 @@ def _finish(request: SampleRequest, labels: Tensor | None, facts: dict[str, Any]
         for first, images in _images(request):
             for i, image in enumerate(images):
                 Image.fromarray(image).save(request.out / f"{first + i:06d}.png")
+        _write_masks(request, spec)
     write_json(request.note, facts)
     shutil.rmtree(request.parts)
     return facts
+
+
+def _write_masks(request: SampleRequest, spec: DataSpec) -> None:
+    """The coloured mask of each image, under its number."""
+    if not (files := masks_of(spec, request)):
+        return
+    (request.out / "masks").mkdir(exist_ok=True)
+    for number in range(request.num):
+        mask = masks_in_turn(files, spec, number, 1).mask.numpy()
+        picture = coloured(mask, spec.num_mask_classes)[0].transpose(1, 2, 0)
+        Image.fromarray(picture).save(request.out / "masks" / f"{number:06d}.png")
 
 
 def _write_npz(request: SampleRequest, labels: Tensor | None, shape: tuple[int, ...]) -> None:

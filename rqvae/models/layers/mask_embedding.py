@@ -110,3 +110,32 @@ class MaskDistributionEmbedding(nn.Module):
         """
         mask_bhw = checked_mask(condition, self.num_classes)
         return class_distribution(mask_bhw, self.num_classes, self.table.weight.dtype) @ self.table.weight
+
+
+class LegacyMaskEmbedding(nn.Module):
+    """The original's class vector: shares times a (K, inner) table, then Linear, GELU, Linear: (B, width).
+
+    A pixel without a label counts as class 0, which is what the original knows as the null condition.
+
+    Args:
+        num_classes: K.
+        inner: width of the table.
+        width: of the result.
+    """
+
+    def __init__(self, num_classes: int, inner: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes, inner)
+        self.mlp = nn.Sequential(nn.Linear(inner, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, condition: Condition | None) -> Tensor:
+        """(B, width) of a `MaskCondition`.
+
+        Raises:
+            BadInput: another kind of condition.
+        """
+        mask_bhw = checked_mask(condition, self.num_classes)
+        shares_bk = class_distribution(mask_bhw, self.num_classes, self.table.weight.dtype)
+        known_bk = torch.cat((shares_bk[:, :1] + shares_bk[:, -1:], shares_bk[:, 1:-1]), dim=1)
+        return self.mlp(known_bk @ self.table.weight)

@@ -85,6 +85,7 @@ class LatentDiffusion(Stage2Model):
         self.timesteps, self.drop_condition = timesteps or Uniform(), drop_condition
         self.weighting, self.knows_null = weighting, data_spec.drops_condition or drop_condition > 0
         self.class_weights = _checked_weights(class_weighted_loss, data_spec.num_mask_classes)
+        self.layout_classes = data_spec.num_mask_classes
         self.conditional = bool(data_spec.num_classes or data_spec.num_actions or data_spec.num_mask_classes)
         self._check(sampler)
         self.sampler = sampler
@@ -192,6 +193,16 @@ class LatentDiffusion(Stage2Model):
             return answer.at(x, t, prediction)[0]
 
         return predict
+
+    def denoiser(self, condition: Condition | None) -> Denoiser:
+        """The sampler's guided prediction under a condition of length B, for a solver of one's own; no gradients."""
+        guidance = self.sampler.guidance
+
+        @torch.no_grad()
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            return self._predict(x, t, condition) if guidance is None else guidance(self._predict, x, t, condition)
+
+        return Denoiser(guided, self.path, self.prediction)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         """The network's answer (B, C, h, w) at one time `t` () for the whole batch."""
