@@ -248,6 +248,7 @@ def test_scripts_print_their_usage(script: str) -> None:
         assert "RUN_NAME [RESUME_CKPT] [RESUME_WANDB_ID]" in done.stderr
 
 
+@pytest.mark.slow
 def test_scripts_train_and_reconstruct(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -286,6 +287,7 @@ def test_scripts_train_and_reconstruct(tmp_path: Path) -> None:
     assert "val/psnr" not in (only(tmp_path / "proj", "noeval_*") / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_inference_ignores_the_other_sections(trained: Path, tmp_path: Path, cli) -> None:
     """Only dataset and model sections are read by recon; two processes give the numbers of one."""
     more = yaml(tmp_path, "train: {stepz: 5}\nsomething_else: 1")

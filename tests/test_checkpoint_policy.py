@@ -196,7 +196,7 @@ def test_failure_of_the_last_checkpoint_is_raised_too(tmp_path: Path, cli, capfd
     assert not (only(tmp_path / "p") / "FINISHED").exists()
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_signal_waits_for_the_thread(world: int, tmp_path: Path, cli) -> None:
     slow = observers((SlowDisk, {"seconds": 0.2, "step_seconds": 0.15}))
     rest = [*ASYNC, *slow, "--checkpoint.every", 1000, "--train.stop_check_seconds", 0.2, "--world-size", world]
@@ -209,6 +209,7 @@ def test_signal_waits_for_the_thread(world: int, tmp_path: Path, cli) -> None:
     checkpoint.verify(checkpoint.in_run(run)[0])
 
 
+@pytest.mark.slow
 def test_killed_while_the_thread_writes(tmp_path: Path, cli) -> None:
     slow = observers((SlowDisk, {"seconds": 0.4, "step_seconds": 0.1}))
     process = start(*line(tmp_path / "cut", *ASYNC, *slow))

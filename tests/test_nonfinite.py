@@ -107,6 +107,7 @@ def test_decision_is_taken_on_the_device(name: str) -> None:
             turn(trainer, micros)
 
 
+@pytest.mark.slow
 def test_without_faults_the_policy_changes_nothing(tmp_path: Path, cli) -> None:
     for k in (0, 3):
         assert cli(*line("stage1_gan", tmp_path / str(k), "--train.skip_nonfinite", k)) == 0

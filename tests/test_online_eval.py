@@ -125,7 +125,9 @@ def test_training_is_the_same_with_and_without(stage: int, tmp_path: Path, cli) 
 
 
 @pytest.mark.parametrize(
-    ("stage", "world"), [(1, 2), (2, 2), pytest.param(2, 4, marks=pytest.mark.slow)], ids=lambda x: str(x)
+    ("stage", "world"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), (2, 2), pytest.param(2, 4, marks=pytest.mark.slow)],
+    ids=lambda x: str(x),
 )
 def test_world_size_changes_neither_images_nor_statistics(stage: int, world: int, tmp_path: Path, cli) -> None:
     name = {1: "autoencoder", 2: "generator"}[stage]

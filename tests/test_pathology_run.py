@@ -130,6 +130,7 @@ def test_a_resumed_run_goes_on_with_its_one_cycle(tmp_path: Path, cli) -> None:
             schedule.step()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, cli) -> None:
     code, errors = finish(start(*command(tmp_path / "two", *EXACT, "--world-size", 2)))
     assert code == 0, errors

@@ -107,6 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         line = ["train", f"configs/debug/stage{stage}.yaml", "--save-dir", folder / "trained", "--project", str(stage)]
         line += ["--train.steps", 2, "--data.dataset.init_args.size", 32, "--pictures.every", "null"]
         line += ["--ema.power", "[0.05,0.1]", "--ema.snapshot_every", 1]
+        line += ["--tracking.enabled", "true", "--tracking.every", 1] if stage == 1 else []
         assert run([str(word) for word in line]) == 0
         runs[stage] = only(folder / "trained" / str(stage))
     collect("maze-chase", 300, 32, folder / "frames")

@@ -123,6 +123,7 @@ def test_one_process_goes_on_from_the_parts_of_two(one: Path, split: Path, tmp_p
     assert largest_difference(whole(one, STEPS), whole(only(tmp_path / "p"), STEPS)) < 1e-9
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_one(one: Path, tmp_path: Path) -> None:
     at = one / "checkpoints" / "step_00000003"
     run = trained_split("stage1_gan", tmp_path, 2, "--train.accumulate", 4, "--resume-ckpt", at)

@@ -22,7 +22,7 @@ def command(name: str, save_dir: Path, accumulate: int, *more: object) -> list[o
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", ["stage1_gan", "stage2"])
 def test_two_processes_equal_one(name: str, accumulate: int, tmp_path: Path, cli) -> None:
     dump = tmp_path / "hashes"
