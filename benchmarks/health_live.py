@@ -31,7 +31,7 @@ from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
 
 CONFIG = "configs/debug/stage2.yaml"
-OVERRIDES = ["--train.log_every", "50", "--data.batch_size", "16"]
+OVERRIDES = ["--train.log_every", "50", "--data.batch_size", "64"]
 
 
 def trainer_of(folder: Path, observers: Sequence[Observer]) -> Trainer:
