@@ -263,7 +263,15 @@ def _programs(backend: Backend) -> tuple[int, int, int] | None:
 
     torch_xla.sync(wait=True)
     names = ("CompileTime", "ExecuteTime", "ExecuteReplicatedTime")
-    compiled, run, split = ((metrics.metric_data(name) or (0,))[0] for name in names)
+
+    def counts() -> list[int]:
+        return [int((metrics.metric_data(name) or (0,))[0]) for name in names]
+
+    # a program is counted by the thread that ran it, a moment after its results can be read; ranks may be threads
+    found: list[int] = []
+    while found != (found := counts()):
+        time.sleep(0.2)
+    compiled, run, split = found
     return compiled, run + split, sum(name.startswith("aten::") for name in metrics.counter_names())
 
 
