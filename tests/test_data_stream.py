@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rqvae.games.collect import collect
+from rqvae.img_datasets.feed import make_loader
 from rqvae.img_datasets.game_frames import GameFrames
 from rqvae.img_datasets.interfaces import (
     ActionCondition,
@@ -103,3 +104,14 @@ def test_datasets_can_be_pickled(recording: Path) -> None:
         copy = pickle.loads(pickle.dumps(dataset))
         assert len(copy) == len(dataset)
         assert torch.equal(copy[1].require_img(), dataset[1].require_img())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_batches_draws_nothing_from_the_process(recording: Path, workers: int) -> None:
+    """Ranks may be threads of one process: a loader that draws its seed there changes another rank's start weights."""
+    dataset = GameFrames("train", root=str(recording), size=32)
+    dataset.open()
+    stream = LabeledImageDatasetWrapper(dataset, TrainTransform(dataset.spec), {}, seed=0, shuffle=True)
+    before = torch.get_rng_state()
+    assert len(list(make_loader(stream, [[0, 1], [2, 3]], workers))) == 2
+    assert torch.equal(torch.get_rng_state(), before)

@@ -19,10 +19,12 @@ class XlaCounters(Observer):
         self.rows: list[tuple[int, int, int]] = []
 
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:
+        import torch_xla
         import torch_xla.core.xla_model as xm
         import torch_xla.debug.metrics as metrics
 
-        xm.wait_device_ops()  # a program is counted at its end
+        # a program is counted at its end; only this replica's, since to wait for the others' would hold their devices
+        xm.wait_device_ops(xm.xla_real_devices([str(torch_xla.device())]))
         names = ("CompileTime", "ExecuteTime", "ExecuteReplicatedTime")  # the last is SPMD's
         compiled, executed, split = ((metrics.metric_data(name) or (0,))[0] for name in names)
         self.rows.append((run.clock.step, compiled, executed + split))

@@ -115,6 +115,8 @@ def make_loader(
         num_workers=workers,
         collate_fn=guarded.collate,
         pin_memory=pin_memory,
+        # its own: the process's may be drawing start weights for another rank, which is a thread of the same process
+        generator=torch.Generator(),
         **options,
     )
     for batch in loader:
