@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rqvae"
 LEAVES = {"contracts", "errors", "files", "randomness", "processes", "durations", "weight_files"}
-LEAVES |= {"lpips_network", "remote", "shards"}
+LEAVES |= {"lpips_network", "mask_colours", "remote", "shards"}
 MAY_IMPORT: dict[str, set[str]] = {
     "diffusion": set(),
     "backends": set(),

@@ -14,7 +14,7 @@ from rqvae.configuration import read
 from rqvae.diffusion.canvas import Tilings
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import MaskCondition
-from rqvae.metrics.mask_colours import coloured
+from rqvae.mask_colours import coloured
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator
 from rqvae.trainers.canvas import CanvasRequest, sample_canvas, seam_ratio

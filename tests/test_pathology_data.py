@@ -18,7 +18,7 @@ from rqvae.img_datasets.pathology import Pathology
 from rqvae.img_datasets.stratified import held_out
 from rqvae.img_datasets.tissue import IHCTissue, ProceduralTissue, stain_densities, stain_mask
 from rqvae.img_datasets.transforms import DihedralTransform, ValTransform
-from rqvae.metrics.mask_colours import coloured
+from rqvae.mask_colours import coloured
 
 K, SIDE = 5, 16
 

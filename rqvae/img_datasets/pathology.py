@@ -86,6 +86,10 @@ class MaskDataset(LabeledImageDataset):
         """(N,) bool, the unconditional draws; None without `p_cond`."""
         return None if self.p_cond is None else self._draws(self.p_cond).draw(seed, epoch)[0] == 0
 
+    def labelled_images(self) -> Tensor:
+        """(n,) int64, the images that have a mask."""
+        return self._present.any(1).nonzero()[:, 0]
+
     def null(self) -> MaskCondition:
         """No mask."""
         mask = torch.full((self.size, self.size), self.num_classes)

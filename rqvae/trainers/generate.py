@@ -21,7 +21,7 @@ from rqvae.diffusion.sampling import Sampler
 from rqvae.errors import BadInput
 from rqvae.files import read_json, replacing, write_json
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
-from rqvae.metrics.mask_colours import coloured
+from rqvae.mask_colours import coloured
 from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal

@@ -11,8 +11,8 @@ from torch import Tensor
 from rqvae.callbacks.pictures import Pictures
 from rqvae.durations import Duration, DurationText
 from rqvae.img_datasets.interfaces import MaskCondition
+from rqvae.mask_colours import coloured
 from rqvae.metrics.grids import image_grid
-from rqvae.metrics.mask_colours import coloured
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import DataSpec, MaskCondition
 from rqvae.img_datasets.mask_files import MASK_ENDING, read_mask
-from rqvae.metrics.mask_colours import palette
+from rqvae.mask_colours import palette
 
 
 def read_painted(path: Path, num_classes: int) -> Tensor:
-    """(H, W) int64 in [0, K] of a PNG of class numbers, or of one in the colours of `rqvae.metrics.mask_colours`.
+    """(H, W) int64 in [0, K] of a PNG of class numbers, or of one in the colours of `rqvae.mask_colours`.
 
     Raises:
         BadInput: a file that is neither; the first colour that is none of a class is named with its place.
