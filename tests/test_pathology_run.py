@@ -183,6 +183,10 @@ def test_a_converted_config_passes_a_dry_run(legacy: bool, count: str, tmp_path:
     assert code == 0
     assert cli("train", out, "--dry-run", "--save-dir", tmp_path / "s") == 0
     assert count in capfd.readouterr().out
+    with (tmp_path / "dm.yaml").open("a") as file:
+        file.write(f"legacy: {str(legacy).lower()}\n")
+    assert cli("convert-config", tmp_path / "dm.yaml", tmp_path / "again.yaml") == 0
+    assert yaml.safe_load((tmp_path / "again.yaml").read_text()) == yaml.safe_load(out.read_text())
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,8 @@ def test_what_has_no_meaning_is_refused(changes: dict[str, Any], words: str, tmp
         ("dm: {data_folder: a, learning_rate: 1}\nunet: {}", "dm.learning_rate: expected a key of the original"),
         ("dm: {data_folder: a, batchsize: 1}\nunet: {}", "(batch_size), got batchsize"),
         ("dm: {}", "expected the sections unet and dm, got dm"),
+        ("dm: {data_folder: a}\nunet: {}\nlegacy: 1", "legacy: expected true or false, got 1"),
+        ("dm: {data_folder: a}\nunet: {}\nother: 1", "and legacy, alone, got other"),
         ("[1", "expected a YAML file"),
     ],
 )

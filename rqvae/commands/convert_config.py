@@ -61,7 +61,7 @@ def parser() -> Parser:
     )
     own.add_argument("source", type=Path, metavar="DM.yaml", help="the original's config")
     own.add_argument("out", type=Path, metavar="OUT.yaml", help="file to write")
-    own.add_argument("--legacy", action="store_true", help="with the original network, which is not told the layout")
+    own.add_argument("--legacy", action="store_true", help="as `legacy: true` in DM.yaml: the original network, which is not told the layout")
     own.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub id of the autoencoder")
     return own
 
@@ -69,8 +69,8 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Turn a config of DiffInfinite's image model into one of ours, and say how to train it."""
     options = parser().parse_args(list(arguments))
-    unet, dm = read_original(options.source)
-    converted = convert(unet, dm, legacy=options.legacy, vae=options.vae)
+    unet, dm, legacy = read_original(options.source)
+    converted = convert(unet, dm, legacy=legacy or options.legacy, vae=options.vae)
     if options.out.exists():
         raise BadInput(f"{options.out}: expected a new file, got one that exists")
     try:
@@ -84,8 +84,8 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_original(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sections `unet` and `dm`, checked, with their defaults filled in.
+def read_original(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Sections `unet` and `dm`, checked, with their defaults filled in, and `legacy`, which may stand beside them.
 
     Raises:
         BadInput: no such file, not such a config, a key that is not known, or a value that has no meaning here.
@@ -97,13 +97,16 @@ def read_original(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise BadInput(f"{path}: expected a YAML file, got {type(error).__name__}: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in ("unet", "dm")):
         raise BadInput(f"{path}: expected the sections unet and dm, got {_short(content)}")
-    if others := content.keys() - {"unet", "dm"}:
-        raise BadInput(f"{path}: expected the sections unet and dm alone, got {sorted(others)[0]}")
+    if others := content.keys() - {"unet", "dm", "legacy"}:
+        raise BadInput(f"{path}: expected the sections unet and dm, and legacy, alone, got {sorted(others)[0]}")
+    legacy = content.get("legacy", False)
+    if not isinstance(legacy, bool):
+        raise BadInput(f"{path}: legacy: expected true or false, got {_short(legacy)}")
     unet, dm = _filled(path, "unet", content["unet"], UNET), _filled(path, "dm", content["dm"], DM)
     if isinstance(unet["dim_mults"], str):
         unet["dim_mults"] = [int(part) if part.isdigit() else part for part in unet["dim_mults"].split()]
     _check(path, {"unet": unet, "dm": dm})
-    return unet, dm
+    return unet, dm, legacy
 
 
 def convert(unet: Mapping[str, Any], dm: Mapping[str, Any], *, legacy: bool, vae: str) -> dict[str, Any]:
