@@ -61,7 +61,7 @@ def parser() -> Parser:
     )
     own.add_argument("source", type=Path, metavar="DM.yaml", help="the original's config")
     own.add_argument("out", type=Path, metavar="OUT.yaml", help="file to write")
-    own.add_argument("--legacy", action="store_true", help="as `legacy: true` in DM.yaml: the original network, which is not told the layout")
+    own.add_argument("--legacy", action="store_true", help="as legacy: true in DM.yaml: the original network")
     own.add_argument("--vae", default="stabilityai/sd-vae-ft-mse", help="folder or hub id of the autoencoder")
     return own
 
@@ -101,7 +101,7 @@ def read_original(path: Path) -> tuple[dict[str, Any], dict[str, Any], bool]:
         raise BadInput(f"{path}: expected the sections unet and dm, and legacy, alone, got {sorted(others)[0]}")
     legacy = content.get("legacy", False)
     if not isinstance(legacy, bool):
-        raise BadInput(f"{path}: legacy: expected true or false, got {_short(legacy)}")
+        raise BadInput(f"{path}: legacy: expected true or false, got {legacy!r}")
     unet, dm = _filled(path, "unet", content["unet"], UNET), _filled(path, "dm", content["dm"], DM)
     if isinstance(unet["dim_mults"], str):
         unet["dim_mults"] = [int(part) if part.isdigit() else part for part in unet["dim_mults"].split()]
