@@ -178,11 +178,22 @@ def _table(page: Page, rows: Sequence[Row]) -> None:
         page.table(["path", "kind", "message"], errors, "What failed; traces are in metrics.json.")
 
 
-def _difference(page: Page, rows: Sequence[Row], baseline: Path) -> None:
+def read_baseline(path: Path) -> dict[str, str]:
+    """Statuses by path of another diagnosis.
+
+    Raises:
+        BadInput: no such file, or no metrics.json of a diagnosis.
+    """
     try:
-        before = {row["path"]: row["status"] for row in json.loads(baseline.read_text())["results"]}
+        return {row["path"]: row["status"] for row in json.loads(path.read_text())["results"]}
+    except OSError:
+        raise BadInput(f"--baseline: expected metrics.json of another diagnosis, no file {path}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--baseline {baseline}: expected metrics.json of a diagnosis, got {error!r}") from None
+        raise BadInput(f"--baseline {path}: expected metrics.json of a diagnosis, got {error!r}") from None
+
+
+def _difference(page: Page, rows: Sequence[Row], baseline: Path) -> None:
+    before = read_baseline(baseline)
     now = {row["path"]: row["status"] for row in rows}
     changed = [
         (path, before.get(path, "absent"), now.get(path, "absent"))
