@@ -88,7 +88,8 @@ class HpuGraphCompiler(Compiler):
     def compile(self, module: nn.Module, path: str, ledger: Ledger, cuts: Sequence[str] = ()) -> Callable[..., Any]:  # noqa: ARG002
         if cuts:
             raise BadInput(f"--backend: expected a compiler of FX graphs, which can be cut, got {self.name}")
-        replay, noted = hpu_graph(module), []
+        replay = hpu_graph(module)
+        noted: list[Callable[..., Any]] = []
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             if not noted:  # recorded now, so that it counts as made in this call
