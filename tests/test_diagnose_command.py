@@ -136,6 +136,16 @@ def test_bad_input(
     assert len([line for line in lines if line.startswith("error:")]) == 1
 
 
+def test_test_paths_make_the_mode_single_and_the_filter_all(
+    cli: Callable[..., int], small: list[str], tmp_path: Path
+) -> None:
+    chosen = ["--test_paths", "conv_in", "--mode", "compile_except", "--filter", "non-leaf"]
+    assert cli("diagnose", *small, "--backend", "eager", *chosen) == 0
+    whole = metrics(tmp_path / "out")
+    assert [row["path"] for row in whole["results"]] == ["conv_in"]
+    assert (whole["config"]["mode"], whole["config"]["filter"]) == ("single", "all")
+
+
 def test_a_baseline_that_is_none_is_noticed_before_anything_runs(
     cli: Callable[..., int], small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

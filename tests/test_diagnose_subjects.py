@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -172,12 +174,17 @@ def test_a_run_of_ours_with_its_test_split(cli: Callable[..., int], tmp_path: Pa
     assert cli("train", config, *few, "--save-dir", tmp_path / "runs", "--run-name", "one") == 0
     run = only(tmp_path / "runs" / "rqvae")
     options = ["--output", tmp_path / "out", "--device", "cpu", "--backend", "eager"]
-    assert cli("diagnose", *options, "--model_name", run, "--batch_size", 2) == 0
+    paths = "mid.0,mid.1,stages.1.1.shortcut"
+    assert cli("diagnose", *options, "--model_name", run, "--batch_size", 2, "--test_paths", paths) == 0
     whole = metrics(tmp_path / "out")
-    assert {row["status"] for row in whole["results"]} <= {"OK", "CONTAINER", "NOT_EXERCISED"}
-    assert {"ResBlock", "SpatialAttention", "Upsample"} <= {r["type"] for r in whole["results"] if r["status"] == "OK"}
+    assert [(row["type"], row["status"]) for row in whole["results"]] == [
+        ("ResBlock", "OK"),
+        ("SpatialAttention", "OK"),
+        ("Identity", "EAGER_FALLBACK"),
+    ]
     dataset = SkimagePhotos(size=16, patches_per_photo=16, split="test")
-    images = torch.stack([dataset[i].img for i in range(2)])
+    dataset.open()
+    images = torch.stack([dataset[i].require_img() for i in range(2)]) / 255
     latent = rqvae.load(run).encode(images)
     found = whole["config"]["latent"]
     assert found["shape"] == list(latent.shape)
@@ -235,6 +242,20 @@ def test_on_a_gaudi_device_pipelines_are_those_of_optimum_habana(monkeypatch: py
     assert devices.needs_gaudi("hpu")
     assert devices.gaudi_pipeline("some/model", "path/to/config.json") == "a pipeline"
     assert (given["source"], given["gaudi_config"], given["use_habana"]) == ("some/model", "path/to/config.json", True)
+
+
+def test_each_device_has_its_compiler_and_auto_prefers_habanas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original knows hpu_backend alone, on every device."""
+    assert devices.DEFAULT_COMPILERS == {"hpu": "hpu_backend", "cpu": "inductor", "cuda": "inductor", "xla": "openxla"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.open_device("auto") == ("cpu", torch.device("cpu"))
+    monkeypatch.delenv("PT_HPU_LAZY_MODE", raising=False)
+    for name in ("habana_frameworks", "habana_frameworks.torch", "habana_frameworks.torch.core"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert devices.open_device("auto") == ("hpu", torch.device("hpu"))
+    assert os.environ.pop("PT_HPU_LAZY_MODE") == "0"
 
 
 @needs_xla
