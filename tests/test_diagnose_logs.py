@@ -178,7 +178,7 @@ def test_the_page(cli: Callable[..., int], small: list[str], tmp_path: Path) -> 
     text = (tmp_path / "out" / "report.html").read_text()
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
     for expected in (
-        "Wrong by themselves mid_block.resnets.0.norm1",
+        "what where and how Wrong by themselves mid_block.resnets.0.norm1",
         "Test again without them python -m rqvae diagnose --mode compile_except",
         "units compiled in compile_plan.yaml; the image with it: OK",
         f"Statuses that differ from {healthy}.",

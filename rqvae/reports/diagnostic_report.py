@@ -84,7 +84,7 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
         ("Test again without them", retest),
     ]
     caption = "What to leave eager, and where to cut. The plan is for --compile_plan of train, sample and recon."
-    page.table(["", ""], answers, caption)
+    page.table(["what", "where and how"], answers, caption)
 
 
 def _leaf(row: Row) -> Leaf:
@@ -106,7 +106,7 @@ def _gallery(page: Page, folder: Path, config: Mapping[str, Any], rows: Sequence
         if row["image"].get("error_map"):
             sources[f"{row['path']} error x10"] = folder / row["image"]["error_map"]
     more = f" {len(wrong) - _MOST_PICTURES} more are in images/." if len(wrong) > _MOST_PICTURES else ""
-    page.gallery(sources, f"The eager image, and those with exactly one submodule compiled.{more}", 3, width=256)
+    page.gallery(sources, f"The eager image, and those with exactly one submodule compiled.{more}", 16, width=192)
 
 
 def _plots(page: Page, rows: Sequence[Row]) -> None:
