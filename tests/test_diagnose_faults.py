@@ -122,11 +122,15 @@ def test_drawn_faults_are_found() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_150_drawn_faults_of_15_kinds_are_found_and_healthy_code_is_not_flagged() -> None:
-    """Faults in front of a compiler that compiles nothing, for their number, and one of each kind in front of inductor.
-    The healthy code is inductor's, of all 84 calls of the small decoder's leaves, in three types."""
-    tally = tally_of(drawn_faults(150), paths=lambda _: None)
+    """Faults in front of a compiler that compiles nothing, for their number, on what is inside, around and beside them;
+    one of each kind on the whole decoder, and one in front of inductor. The healthy code is inductor's, of all 84 calls
+    of the small decoder's leaves, in three types."""
+    tally = tally_of(drawn_faults(150))
     print(tally)
     tally.check()
+    whole = tally_of(drawn_faults(len(KINDS)), paths=lambda _: None)
+    print("all submodules:", whole)
+    whole.check()
     real = tally_of(drawn_faults(len(KINDS)), "inductor", lambda target: [target])
     print("inductor:", real)
     real.check()

@@ -72,7 +72,9 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
     plan = summary.get("plan") or {}
     together = [" + ".join(found["paths"]) for found in summary["interactions"]]
     cuts = [f"{cut['path']}: before {cut['before']}" for cut in summary["suggested_graph_breaks"]]
-    compiled = f"{plan.get('compile')} units compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
+    number = plan.get("compile")
+    units = f"{number} unit{'' if number == 1 else 's'}"
+    compiled = f"{units} compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
     answers = [
         ("Wrong by themselves", ", ".join(summary["culprits"]) or "none"),
         ("Wrong only as a whole, or together", ", ".join(together) or "none"),
@@ -81,7 +83,7 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
             ", ".join(cuts) or "none found; --mode find_breaks looks for them" if together else "not needed",
         ),
         ("Compile plan", compiled if plan else "written by --mode single"),
-        ("Test again without them", retest),
+        ("Test again without them", retest if summary["culprits"] or together else "not needed"),
     ]
     caption = "What to leave eager, and where to cut. The plan is for --compile_plan of train, sample and recon."
     page.table(["what", "where and how"], answers, caption)
