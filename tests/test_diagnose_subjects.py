@@ -28,7 +28,7 @@ from rqvae.errors import BadInput
 from rqvae.img_datasets.photos import SkimagePhotos
 from rqvae.trainers.vae_diagnostic import DiagnosticSettings, VaeDiagnostic
 from tests.conftest import ROOT, finish, only, start
-from tests.diagnoses import diagnose, flagged, metrics, save_dc, save_vae, small
+from tests.diagnoses import backend, diagnose, flagged, metrics, save_dc, save_vae, small
 from tests.xla_job import environment
 
 needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch_xla is not installed")
@@ -260,10 +260,9 @@ def test_each_device_has_its_compiler_and_auto_prefers_habanas(monkeypatch: pyte
 
 @needs_xla
 @pytest.mark.slow
-@pytest.mark.parametrize("save", [save_vae, save_dc])
-def test_openxla_compiles_and_runs_every_module(save: Callable[[Path], Any], tmp_path: Path) -> None:
-    """On the host's cores: what is called is compiled, run, and right; what is faulty is not."""
-    save(tmp_path / "vae")
+def test_openxla_compiles_and_runs_every_module(tmp_path: Path) -> None:
+    """On the host's cores: what is called is compiled, run, and right."""
+    save_vae(tmp_path / "vae")
     options = ["--device", "xla", "--model_name", tmp_path / "vae", "--latent_size", 4]
     code, errors = finish(start("diagnose", "--output", tmp_path / "out", *options, env=environment()), 250)
     assert code == 0, errors
@@ -272,3 +271,17 @@ def test_openxla_compiles_and_runs_every_module(save: Callable[[Path], Any], tmp
     assert {row["status"] for row in whole["results"]} == {"OK", "CONTAINER"}
     assert all(row["backend_calls"] >= 1 for row in whole["results"] if row["status"] == "OK")
     assert whole["summary"]["plan"]["status"] == "OK"
+
+
+@needs_xla
+@pytest.mark.slow
+def test_a_fault_in_front_of_openxla_is_found(tmp_path: Path) -> None:
+    save_dc(tmp_path / "vae")
+    options = ["--device", "xla", "--model_name", tmp_path / "vae", "--latent_size", 4]
+    faulty = ["--backend", backend("up_blocks.1.0.attn.to_out:flip", inner="openxla")]
+    paths = ["--test_paths", "up_blocks.1.0.attn,up_blocks.1.0.attn.to_q,up_blocks.1.0.attn.to_out"]
+    command = ["diagnose", "--output", tmp_path / "out", *options, *faulty, *paths]
+    code, errors = finish(start(*command, env=environment()), 250)
+    assert code == 0, errors
+    roles = {row["path"]: (row["status"], row["role"]) for row in metrics(tmp_path / "out")["results"]}
+    assert list(roles.values()) == [("MISMATCH", "inherited"), ("OK", None), ("MISMATCH", "culprit")]
