@@ -182,6 +182,20 @@ def gaudi_pipeline(source: str, gaudi_config: str) -> Any:
     )
 
 
+def check_hpu_graphs(device_name: str) -> None:
+    """That HPU graphs can be recorded: on a Gaudi device, in lazy mode, the only one that has them.
+
+    Source: "HPU Graphs for Training" of docs.habana.ai.
+
+    Raises:
+        BadInput: another device, or eager mode.
+    """
+    if device_name != "hpu":
+        raise BadInput(f"--backend: HPU graphs: expected --device hpu, got {device_name}")
+    if os.environ.get("PT_HPU_LAZY_MODE") != "1":
+        raise BadInput("--backend: HPU graphs: expected PT_HPU_LAZY_MODE=1 in the environment, eager mode records none")
+
+
 def hpu_graph(module: nn.Module) -> Callable[..., Any]:
     """A module recorded as an HPU graph at its first call, replayed afterwards."""
     return import_module("habana_frameworks.torch").hpu.wrap_in_hpu_graph(module)

@@ -70,8 +70,8 @@ def run(arguments: Sequence[str]) -> int:
 
     diagnostic = _make(options)
     if options.list_submodules:
-        units, file = diagnostic.list_submodules()
-        sys.stdout.write(file.read_text() + f"{file}: {len(units)} modules\n")
+        units, file, words = diagnostic.list_submodules()
+        sys.stdout.write(file.read_text() + f"{file}: {len(units)} modules of {words}\n")
         return 0
 
     from rqvae.reports.diagnostic_report import write_report
@@ -93,8 +93,10 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "steps"):
         if getattr(options, name) < 1:
             raise BadInput(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if options.baseline is not None and not options.baseline.is_file():
-        raise BadInput(f"--baseline: expected metrics.json of another diagnosis, no file {options.baseline}")
+    if options.baseline is not None:
+        from rqvae.reports.diagnostic_report import read_baseline
+
+        read_baseline(options.baseline)
 
 
 def _make(options: argparse.Namespace) -> VaeDiagnostic:

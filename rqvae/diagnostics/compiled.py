@@ -24,6 +24,15 @@ from rqvae.diagnostics.ledger import Ledger, Watch
 from rqvae.diagnostics.units import Unit
 
 _TRACE_LINES = 20
+SLOWER_BY, SLOWER_SECONDS = 1.1, 1e-3
+"""Slower: compiled takes more than so many times the eager seconds, and so much longer."""
+_MORE_CALLS = 3
+
+
+def is_slower(run_seconds: float | None, eager_seconds: float) -> bool:
+    """Whether compiled code is slower than eager by more than a clock's own scatter."""
+    run = run_seconds or 0.0
+    return run > SLOWER_BY * eager_seconds and run - eager_seconds > SLOWER_SECONDS
 
 
 def sharing_clone(module: nn.Module) -> nn.Module:
@@ -116,6 +125,22 @@ class CompiledUnit:
                 settle(self.device)
             again = min(seconds, warm.seconds) if warm.executed else seconds
         return Execution(Status.OK, output, None, watch, max(0.0, total - seconds), again, peak)
+
+    def least_seconds(self, arguments: Any, keywords: Any, eager: float, run: float) -> tuple[float, float]:
+        """The least of these eager and compiled seconds and of those of more calls in turn.
+
+        One call each says little on a machine that does other things too.
+        """
+        for _ in range(_MORE_CALLS):
+            started = time.perf_counter()
+            self.clone(*arguments, **keywords)
+            settle(self.device)
+            eager = min(eager, time.perf_counter() - started)
+            with self.ledger.watching() as watch, _quiet():
+                self.call(*arguments, **keywords)
+                settle(self.device)
+            run = min(run, watch.seconds) if watch.executed else run
+        return eager, run
 
     def gold(self, arguments: Any, keywords: Any, dtype: torch.dtype) -> Any:
         """The eager output of a copy in a higher precision, on inputs of that precision."""

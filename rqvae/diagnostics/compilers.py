@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rqvae.backends.compilers import compiled_call, prepare_compiler
+from rqvae.backends.compilers import check_hpu_graphs, compiled_call, hpu_graph, prepare_compiler
 from rqvae.diagnostics.cuts import cutting
 from rqvae.diagnostics.ledger import GraphCompiler, Ledger
 from rqvae.errors import BadInput
@@ -23,6 +23,8 @@ class Compiler:
     """
 
     name = "compiler"
+    has_graphs = True
+    """Whether it compiles FX graphs, which can be cut."""
 
     def check(self, device_name: str) -> None:
         """Raise BadInput, in one line, where this compiler cannot work on this machine."""
@@ -72,6 +74,29 @@ class TorchCompiler(Compiler):
             self._graph_compiler = found
         assert self._graph_compiler is not None
         return self._graph_compiler
+
+
+class HpuGraphCompiler(Compiler):
+    """HPU graphs: a module's operations are recorded on a Gaudi device at its first call and replayed afterwards."""
+
+    name = "HPU graphs"
+    has_graphs = False
+
+    def check(self, device_name: str) -> None:
+        check_hpu_graphs(device_name)
+
+    def compile(self, module: nn.Module, path: str, ledger: Ledger, cuts: Sequence[str] = ()) -> Callable[..., Any]:  # noqa: ARG002
+        if cuts:
+            raise BadInput(f"--backend: expected a compiler of FX graphs, which can be cut, got {self.name}")
+        replay = hpu_graph(module)
+        noted: list[Callable[..., Any]] = []
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if not noted:  # recorded now, so that it counts as made in this call
+                noted.append(ledger.entry(replay, None, 0.0))
+            return noted[0](*arguments, **keywords)
+
+        return call
 
 
 def find_compiler(text: str) -> Compiler:

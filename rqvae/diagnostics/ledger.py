@@ -79,11 +79,11 @@ class Ledger:
         self.graphs.append(made)
         self._watch.compiled.append(made)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
             started = time.perf_counter()
             self._watch.executed.append(made)
             try:
-                return compiled(*arguments)
+                return compiled(*arguments, **keywords)
             except Exception:
                 self._watch.raised = True
                 raise

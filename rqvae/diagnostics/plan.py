@@ -12,9 +12,10 @@ from torch import nn
 
 from rqvae.backends import Backend
 from rqvae.backends.compiling import compile_in_place
+from rqvae.diagnostics.compiled import sharing_clone
 from rqvae.diagnostics.compilers import find_compiler
 from rqvae.diagnostics.cuts import cutting
-from rqvae.diagnostics.ledger import GraphCompiler
+from rqvae.diagnostics.ledger import GraphCompiler, Ledger
 from rqvae.diagnostics.units import ROOT, is_inside, walk
 from rqvae.errors import BadInput
 
@@ -105,7 +106,11 @@ def apply_plan(plan: CompilePlan, model: nn.Module, backend: Backend, where: str
             if wanted not in units:
                 raise BadInput(f"{where}: expected submodules of {plan.root}, got unknown {wanted}")
     for path in plan.compile:
-        inner: GraphCompiler = compiler.graph_compiler(path)
         cuts = plan.breaks.get(path, ())
+        if not compiler.has_graphs:
+            module = units[path].module
+            module._compiled_call_impl = compiler.compile(sharing_clone(module), path, Ledger(), cuts)
+            continue
+        inner: GraphCompiler = compiler.graph_compiler(path)
         compile_in_place(units[path].module, cutting(inner, cuts) if cuts else inner)
     return list(plan.compile)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rqvae.diagnostics.compare import BAD, Difference, Status
+from rqvae.diagnostics.compiled import is_slower
 from rqvae.diagnostics.shadow import Call
 from rqvae.diagnostics.survey import Survey
 from rqvae.diagnostics.units import Unit, is_inside
@@ -27,9 +28,6 @@ WORST_FIRST = (
     Status.EAGER_FALLBACK,
     Status.OK,
 )
-SLOWER_BY, SLOWER_SECONDS = 1.1, 1e-3
-"""SLOWER: compiled takes more than so many times the eager seconds, and so much longer: below, one call's own scatter
-decides."""
 HEADROOM_BITS = 2.0
 """OVERFLOW_RISK: less than a factor of 4 to the type's largest number."""
 FIGURES = tuple(Difference.__dataclass_fields__)
@@ -127,8 +125,7 @@ def _timing(calls: Sequence[Call]) -> dict[str, Any]:
 def _notes(row: Row, calls: Sequence[Call]) -> list[str]:
     notes = []
     timing = row["timing"]
-    run, eager = timing["run_seconds"] or 0.0, timing["eager_seconds"]
-    if run > SLOWER_BY * eager and run - eager > SLOWER_SECONDS:
+    if is_slower(timing["run_seconds"], timing["eager_seconds"]):
         notes.append("SLOWER")
     seen_again = len(calls) > len(row["signatures"]) and any(c.execution.watch.compiled for c in calls[1:])
     if len(row["signatures"]) > 1 or seen_again:

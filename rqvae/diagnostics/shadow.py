@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rqvae.diagnostics.compare import Status, Verdict, judge, tensors_of
-from rqvae.diagnostics.compiled import CompiledUnit, Execution
+from rqvae.diagnostics.compiled import CompiledUnit, Execution, is_slower
 from rqvae.diagnostics.survey import Decode, Survey
 
 _LOW = (torch.bfloat16, torch.float16)
@@ -126,4 +126,7 @@ def compare_call(
         # ill-conditioned inputs, such as a constant channel before a norm, make fp32 code differ: float64 decides
         verdict = judge(output, execution.output, compiled.gold(arguments, keywords, torch.float64), blank_std)
     execution.output = None
+    run_seconds = execution.run_seconds
+    if eager_seconds and run_seconds is not None and is_slower(run_seconds, eager_seconds):
+        eager_seconds, execution.run_seconds = compiled.least_seconds(arguments, keywords, eager_seconds, run_seconds)
     return Call(verdict, execution, eager_seconds)

@@ -72,7 +72,9 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
     plan = summary.get("plan") or {}
     together = [" + ".join(found["paths"]) for found in summary["interactions"]]
     cuts = [f"{cut['path']}: before {cut['before']}" for cut in summary["suggested_graph_breaks"]]
-    compiled = f"{plan.get('compile')} units compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
+    number = plan.get("compile")
+    units = f"{number} unit{'' if number == 1 else 's'}"
+    compiled = f"{units} compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
     answers = [
         ("Wrong by themselves", ", ".join(summary["culprits"]) or "none"),
         ("Wrong only as a whole, or together", ", ".join(together) or "none"),
@@ -81,10 +83,10 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
             ", ".join(cuts) or "none found; --mode find_breaks looks for them" if together else "not needed",
         ),
         ("Compile plan", compiled if plan else "written by --mode single"),
-        ("Test again without them", retest),
+        ("Test again without them", retest if summary["culprits"] or together else "not needed"),
     ]
     caption = "What to leave eager, and where to cut. The plan is for --compile_plan of train, sample and recon."
-    page.table(["", ""], answers, caption)
+    page.table(["what", "where and how"], answers, caption)
 
 
 def _leaf(row: Row) -> Leaf:
@@ -106,7 +108,7 @@ def _gallery(page: Page, folder: Path, config: Mapping[str, Any], rows: Sequence
         if row["image"].get("error_map"):
             sources[f"{row['path']} error x10"] = folder / row["image"]["error_map"]
     more = f" {len(wrong) - _MOST_PICTURES} more are in images/." if len(wrong) > _MOST_PICTURES else ""
-    page.gallery(sources, f"The eager image, and those with exactly one submodule compiled.{more}", 3, width=256)
+    page.gallery(sources, f"The eager image, and those with exactly one submodule compiled.{more}", 16, width=192)
 
 
 def _plots(page: Page, rows: Sequence[Row]) -> None:
@@ -178,11 +180,22 @@ def _table(page: Page, rows: Sequence[Row]) -> None:
         page.table(["path", "kind", "message"], errors, "What failed; traces are in metrics.json.")
 
 
-def _difference(page: Page, rows: Sequence[Row], baseline: Path) -> None:
+def read_baseline(path: Path) -> dict[str, str]:
+    """Statuses by path of another diagnosis.
+
+    Raises:
+        BadInput: no such file, or no metrics.json of a diagnosis.
+    """
     try:
-        before = {row["path"]: row["status"] for row in json.loads(baseline.read_text())["results"]}
+        return {row["path"]: row["status"] for row in json.loads(path.read_text())["results"]}
+    except OSError:
+        raise BadInput(f"--baseline: expected metrics.json of another diagnosis, no file {path}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--baseline {baseline}: expected metrics.json of a diagnosis, got {error!r}") from None
+        raise BadInput(f"--baseline {path}: expected metrics.json of a diagnosis, got {error!r}") from None
+
+
+def _difference(page: Page, rows: Sequence[Row], baseline: Path) -> None:
+    before = read_baseline(baseline)
     now = {row["path"]: row["status"] for row in rows}
     changed = [
         (path, before.get(path, "absent"), now.get(path, "absent"))

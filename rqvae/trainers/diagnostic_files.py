@@ -54,9 +54,9 @@ class DiagnosticFiles:
         write_whole(text.with_suffix(".json"), json.dumps(tree_json(units), indent=1))
         return text
 
-    def write_bad_paths(self, paths: Sequence[str]) -> None:
-        """bad_paths.txt, one path a line."""
-        head = "# submodules that a compiler breaks; read by --mode compile_except\n"
+    def write_bad_paths(self, paths: Sequence[str], subject: str) -> None:
+        """bad_paths.txt, one path a line, under a comment that says what they are of."""
+        head = f"# submodules that a compiler breaks; read by --mode compile_except\n# {' '.join(subject.split())}\n"
         write_whole(self.bad_paths, head + "".join(f"{path}\n" for path in paths))
 
     def write_metrics(self, rows: Sequence[Row], summary: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -66,7 +66,7 @@ class DiagnosticFiles:
         target = self.folder / "metrics" / "metrics.csv"
         with replacing(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*COLUMNS, *(f"image_{name}" for name in _IMAGE), *TIMING, "error"])
+            writer.writerow([*COLUMNS, *(f"image_{name}" for name in _IMAGE), *TIMING, "error", "subject"])
             for row in rows:
                 image, error = row.get("image") or {}, row.get("error") or {}
                 cells = [";".join(row["notes"]) if name == "notes" else row.get(name) for name in COLUMNS]
@@ -77,6 +77,7 @@ class DiagnosticFiles:
                         *(image.get(name) for name in _IMAGE),
                         *(timing.get(t) for t in TIMING),
                         error.get("message"),
+                        config["subject"],
                     ]
                 )
 

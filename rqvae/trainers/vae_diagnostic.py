@@ -129,6 +129,10 @@ class VaeDiagnostic:
         settings: DiagnosticSettings,
         progress: Callable[[str, int, int], None] = lambda *_: None,
     ) -> None:
+        if settings.mode == "find_breaks" and not compiler.has_graphs:
+            raise BadInput(
+                f"--mode find_breaks: expected a compiler of FX graphs, which can be cut, got {compiler.name}"
+            )
         self._source, self._request, self._compiler, self._settings = source, request, compiler, settings
         self.progress = progress
         self.files = DiagnosticFiles(settings.output)
@@ -148,10 +152,12 @@ class VaeDiagnostic:
             note.write_text(json.dumps({"request": request, "facts": subject.facts}))
         return subject
 
-    def list_submodules(self) -> tuple[list[Unit], Path]:
-        """Write the list of submodules, test nothing."""
-        units = walk(self._source.subject(self._request).root)
-        return units, self.files.write_submodules(units)
+    def list_submodules(self) -> tuple[list[Unit], Path, str]:
+        """Write the list of submodules, test nothing; returns them, the list's file, and what it is of."""
+        nothing = torch.empty(0)  # in place of a latent, for which a denoiser would run
+        subject = self._source.subject(self._request, nothing)
+        units = walk(subject.root)
+        return units, self.files.write_submodules(units), subject.words
 
     def execute(self) -> dict[str, Any]:
         """Run and write; returns metrics.json's content."""
@@ -234,7 +240,7 @@ class VaeDiagnostic:
             summary = summarise(rows, [{"paths": s, "status": "together"} for s in sets], [vars(c) for c in cuts[0]])
             summary["tried_graph_breaks"] = [vars(c) for c in cuts[1]]
             summary["plan"] = self._plan(diagnosis, rows, sets, cuts[0], config)
-            self.files.write_bad_paths([*bad_paths(rows), *(paths_[0] for paths_ in sets)])
+            self.files.write_bad_paths([*bad_paths(rows), *(paths_[0] for paths_ in sets)], config["subject"])
             summary["logging_errors"] = mirrors.errors
             journal.finish()
             mirrors.close(summary)
