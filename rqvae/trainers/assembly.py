@@ -76,6 +76,8 @@ def check(run: AnyRun, world_size: int) -> None:
         check_generator(two_stage.stage2)
         check_blocks(two_stage.stage2, run.train)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
+        if run.data.latents and two_stage.stage2.in_pixels:
+            raise BadInput("data.latents: expected null for a Stage2 that noises pixels, got a cache of latents")
         open_cache(run.data, run.stage1)
 
 

@@ -2,22 +2,25 @@
 
 Workflows: `latent_concat` stacks K clean context latents on the noisy target (DIAMOND, Alonso et al. 2024, section 3.1;
 GameNGen, Valevski et al. 2024, section 3.2); `latent_history` first squeezes context and target through a convolution
-to the channels of one latent.
+to the channels of one latent; `pixel` noises pixels, squeezes frames and noisy frame to 3 channels, and goes through
+the frozen autoencoder in every evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from rqvae.contracts import check_shape
 from rqvae.diffusion.paths import Path, Prediction
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw
 from rqvae.errors import BadInput
+from rqvae.models.codec import Codec
 from rqvae.models.interfaces import (
     ActionCondition,
     Condition,
@@ -25,131 +28,25 @@ from rqvae.models.interfaces import (
     LabeledImageData,
     LatentShape,
     Stage1Encodings,
+    Stage2Losses,
     Stage2ModelOutput,
 )
-from rqvae.models.layers.conv import group_norm
-from rqvae.models.stage2.diffusion import LatentDiffusion
+from rqvae.models.stage2.diffusion import LatentDiffusion, at_least_fp32
+from rqvae.models.stage2.world_backbones import (
+    ConcatBackbone,
+    HistoryBackbone,
+    HistoryEncoder,
+    HistoryVAEBackbone,
+    MakeBackbone,
+    given,
+)
 from rqvae.randomness import Draw, normal, uniform
 
-MakeBackbone = Callable[[LatentShape, DataSpec], nn.Module]
-Workflow = Literal["latent_concat", "latent_history"]
-HistoryEncoder = Literal["conv2d", "conv3d"]
+Workflow = Literal["latent_concat", "latent_history", "pixel"]
+LossSpace = Literal["latent", "pixel", "both"]
 
 # One step gives the mean of all futures, a ghost that is half there and the next frame drops; four steps choose.
 FOUR_EULER_STEPS = Sampler(steps=4)
-
-
-class ConcatBackbone(nn.Module):
-    """Context latents beside the noisy target in the channels of one network, whose last C answers are read.
-
-    Args:
-        latent_shape: (C, h, w) of one frame.
-        data_spec: `history` K and the actions.
-        backbone: class of the network; made for (K + 1) C channels.
-        residual: add the last context latent to the answer, so that the untrained model copies it.
-    """
-
-    def __init__(self, latent_shape: LatentShape, data_spec: DataSpec, backbone: MakeBackbone, residual: bool) -> None:
-        super().__init__()
-        self.context_shape = (data_spec.history, *latent_shape)
-        self.residual = residual
-        channels = (data_spec.history + 1) * latent_shape[0]
-        self.network = backbone((channels, *latent_shape[1:]), data_spec)
-
-    def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
-        """(B, C, h, w) noisy target, (B,) times and an `ActionCondition` with context (B, K, C, h, w) -> (B, C, h, w).
-
-        Raises:
-            BadInput: a condition without context, or one of another shape.
-        """
-        context_bkchw = read_context(condition, self.context_shape).to(x_bchw)
-        stacked = torch.cat((context_bkchw.flatten(1, 2), x_bchw), dim=1)
-        answer_bchw = self.network(stacked, t_b, condition)[:, -x_bchw.shape[1] :]
-        return answer_bchw + context_bkchw[:, -1] if self.residual else answer_bchw
-
-
-class HistoryBackbone(nn.Module):
-    """Context and noisy target through a small convolutional network to C channels, then the backbone.
-
-    Args:
-        latent_shape: (C, h, w) of one frame.
-        data_spec: `history` K and the actions.
-        backbone: class of the network; made for C channels.
-        encoder: conv2d treats the frames as channels, conv3d convolves over time as well.
-        residual: add the last context latent to the answer, so that the untrained model copies it.
-    """
-
-    def __init__(
-        self,
-        latent_shape: LatentShape,
-        data_spec: DataSpec,
-        backbone: MakeBackbone,
-        encoder: HistoryEncoder,
-        residual: bool,
-    ) -> None:
-        super().__init__()
-        self.context_shape = (data_spec.history, *latent_shape)
-        self.residual = residual
-        self.history = history_encoder(encoder, data_spec.history + 1, latent_shape[0])
-        self.network = backbone(latent_shape, data_spec)
-
-    def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
-        """As `ConcatBackbone.forward`."""
-        context_bkchw = read_context(condition, self.context_shape).to(x_bchw)
-        frames_bkchw = torch.cat((context_bkchw, x_bchw[:, None]), dim=1)
-        answer_bchw = self.network(self.history(frames_bkchw), t_b, condition)
-        return answer_bchw + context_bkchw[:, -1] if self.residual else answer_bchw
-
-
-class _Channels(nn.Module):
-    """Frames (B, S, C, h, w) as channels (B, S C, h, w)."""
-
-    def forward(self, frames_bschw: Tensor) -> Tensor:
-        return frames_bschw.flatten(1, 2)
-
-
-class _Time(nn.Module):
-    """Frames (B, S, C, h, w) as a volume (B, C, S, h, w)."""
-
-    def forward(self, frames_bschw: Tensor) -> Tensor:
-        return frames_bschw.transpose(1, 2)
-
-
-class _Last(nn.Module):
-    """The last moment (B, C, h, w) of a volume (B, C, S, h, w)."""
-
-    def forward(self, volume_bcshw: Tensor) -> Tensor:
-        return volume_bcshw[:, :, -1]
-
-
-def history_encoder(kind: HistoryEncoder, frames: int, channels: int) -> nn.Sequential:
-    """(B, S, C, h, w) -> (B, C, h, w): convolution, GroupNorm, SiLU, convolution.
-
-    GroupNorm, because batch statistics would mix noise levels, and fail at batch 1, which is how one plays.
-    """
-    hidden = max(8, frames * channels // 2)
-    groups = next(g for g in (8, 4, 2, 1) if hidden % g == 0)
-    norm = group_norm(hidden, groups)
-    if kind == "conv2d":
-        first, second = nn.Conv2d(frames * channels, hidden, 3, padding=1), nn.Conv2d(hidden, channels, 3, padding=1)
-        return nn.Sequential(_Channels(), first, norm, nn.SiLU(), second)
-    first3d = nn.Conv3d(channels, hidden, 3, padding=1)
-    second3d = nn.Conv3d(hidden, channels, (frames, 3, 3), padding=(0, 1, 1))
-    return nn.Sequential(_Time(), first3d, norm, nn.SiLU(), second3d, _Last())
-
-
-def read_context(condition: Condition | None, context_shape: tuple[int, ...]) -> Tensor:
-    """(B, K, C, h, w) latents of the frames before.
-
-    Raises:
-        BadInput: not an `ActionCondition`, no context, or one of another shape.
-    """
-    context = condition.context if isinstance(condition, ActionCondition) else None
-    if context is None:
-        raise BadInput("condition.context: expected frames of history (data.dataset context: true), got None")
-    if tuple(context.shape[1:]) != context_shape:
-        raise BadInput(f"condition.context: expected (B, {str(context_shape)[1:]}, got {tuple(context.shape)}")
-    return context
 
 
 class WorldModel(LatentDiffusion):
@@ -162,8 +59,11 @@ class WorldModel(LatentDiffusion):
         latent_shape: (C, h, w) of one frame, given by Stage1 and the connector.
         data_spec: actions and history, given by the dataset.
         backbone: class of the network (`rqvae.models.stage2.linear_dit.LinearDiT`).
-        workflow: latent_concat, or latent_history with a bottleneck of C channels.
-        history_encoder: of latent_history.
+        workflow: latent_concat, latent_history with a bottleneck of C channels, or pixel with one of 3 channels in
+            front of the autoencoder, whose noise and samples are pixels.
+        history_encoder: of latent_history and pixel.
+        loss_space: where the clean frame is compared: latent, pixel (decoded, in [-1, 1]) or both (their sum). In the
+            workflow pixel another prediction than x0 is compared as pixels alone: its noise has no latent.
         residual: the answer is added to the last frame's latent; only with prediction x0.
         context_noise: largest level of Gaussian noise on the context in training, so that generated frames are not a
             surprise; 0 is none.
@@ -175,7 +75,8 @@ class WorldModel(LatentDiffusion):
         drop_condition: share of samples that see the null action; the context stays.
 
     Raises:
-        BadInput: data without history frames and actions; a residual with another prediction than x0.
+        BadInput: data without history frames and actions; a residual with another prediction than x0; a loss space
+            that the workflow or the prediction does not have.
     """
 
     def __init__(
@@ -186,6 +87,7 @@ class WorldModel(LatentDiffusion):
         backbone: MakeBackbone,
         workflow: Workflow = "latent_concat",
         history_encoder: HistoryEncoder = "conv2d",
+        loss_space: LossSpace = "latent",
         residual: bool = True,
         context_noise: float = 0.0,
         context_noise_share: float = 0.7,
@@ -195,13 +97,8 @@ class WorldModel(LatentDiffusion):
         sampler: Sampler = FOUR_EULER_STEPS,
         drop_condition: float = 0.1,
     ) -> None:
-        if not data_spec.num_actions or not data_spec.history or not data_spec.context:
-            raise BadInput(
-                f"stage2: expected data with actions and frames of history (data.dataset context: true), got "
-                f"num_actions {data_spec.num_actions}, history {data_spec.history}, context {data_spec.context}"
-            )
-        if residual and prediction != "x0":
-            raise BadInput(f"stage2.residual: expected false for prediction {prediction} (it needs x0), got true")
+        _check_data(data_spec)
+        _check_prediction(prediction, residual, loss_space, workflow)
         if not context_noise >= 0 or not 0 < context_noise_share <= 1:
             raise BadInput(
                 f"stage2.context_noise, context_noise_share: expected >= 0 and in (0, 1], got {context_noise}, "
@@ -211,12 +108,21 @@ class WorldModel(LatentDiffusion):
         def with_context(shape: LatentShape, spec: DataSpec) -> nn.Module:
             if workflow == "latent_concat":
                 return ConcatBackbone(shape, spec, backbone, residual)
-            return HistoryBackbone(shape, spec, backbone, history_encoder, residual)
+            through = HistoryVAEBackbone if workflow == "pixel" else HistoryBackbone
+            return through(shape, spec, backbone, history_encoder, residual)
 
         options = {"path": path, "timesteps": timesteps, "sampler": sampler, "drop_condition": drop_condition}
         super().__init__(latent_shape, data_spec, backbone=with_context, prediction=prediction, **options)  # type: ignore[arg-type]
-        self.history = data_spec.history
+        self.history, self.workflow, self.loss_space = data_spec.history, workflow, loss_space
+        self.in_pixels = workflow == "pixel"
         self.context_noise, self.context_noise_share = context_noise, context_noise_share
+        self._codec: Codec | None = None
+
+    def attach(self, codec: Codec) -> None:
+        """The autoencoder, for the workflow pixel and for losses in pixels."""
+        self._codec = codec
+        if isinstance(self.backbone, HistoryVAEBackbone):
+            self.backbone.codec = codec
 
     def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:
         """Those of `LatentDiffusion`, and where the context is noised `context_noise` (K, C, h, w) and its level ()."""
@@ -227,14 +133,69 @@ class WorldModel(LatentDiffusion):
         return numbers
 
     def forward(self, encodings: Stage1Encodings, inputs: LabeledImageData) -> Stage2ModelOutput:
-        """See `LatentDiffusion.forward`; in training mode noise is added to the context first."""
-        if self.training and self.context_noise:
-            inputs = replace(inputs, condition=self._noised(inputs))
-        return super().forward(encodings, inputs)
+        """The prediction at x_t; in training mode noise is added to the context first.
 
-    def _noised(self, inputs: LabeledImageData) -> Condition:
+        Args:
+            encodings: clean targets (B, C, h, w); pixels in [-1, 1] in the workflow pixel.
+            inputs: `draws` as `draws` says, the condition with its context in the same space, and `img` where the loss
+                is in pixels.
+
+        Returns:
+            zs_pred (B, C, h, w), zs_degraded = x_t, `t` (B,) and what `compute_loss` compares: `target` (of zs_pred),
+            and `pixels` with `pixel_target` (B, 3, H, W).
+
+        Raises:
+            BadInput: draws, a condition or an image that is not there.
+        """
+        x0 = encodings.zs.to(at_least_fp32(encodings.zs))
+        noise, t_b = self._draw(inputs, "noise").to(x0), self._draw(inputs, "t").to(x0)
+        condition = self._seen_condition(inputs)
+        if self.training and self.context_noise:
+            condition = self._noised(condition, inputs)
+        return self._predicted(x0, noise, t_b, condition, inputs.img)
+
+    def _predicted(
+        self, x0: Tensor, noise: Tensor, t_b: Tensor, condition: Condition | None, img: Tensor | None
+    ) -> Stage2ModelOutput:
+        """One target's prediction, and what it is compared with."""
+        x_t, parts = self.path.interpolate(noise, x0, t_b), {"t": t_b}
+        shown: Tensor | None = None
+        if isinstance(self.backbone, HistoryVAEBackbone) and self.prediction == "x0":
+            answer = clean = self.backbone.latent(x_t, t_b, condition)
+            if self.loss_space != "pixel":
+                parts["target"] = given(self._codec).encode((x0 + 1) / 2)
+            shown = x0
+        else:
+            answer = self.backbone(x_t, t_b, condition)
+            check_shape(answer, tuple(x_t.shape), f"stage2.backbone: {type(self.backbone).__name__}")
+            if self.loss_space != "pixel" or self.in_pixels:
+                parts["target"] = self.path.target(self.prediction, noise, x0, t_b)
+            clean = self.path.convert(answer, x_t, t_b, self.prediction, "x0")
+            if self.loss_space != "latent" and not self.in_pixels:
+                shown = 2 * _there(img) - 1
+        if self.loss_space != "latent" and shown is not None:
+            parts |= {"pixels": 2 * given(self._codec).decode(clean) - 1, "pixel_target": shown}
+        return Stage2ModelOutput(zs_pred=answer, zs_degraded=x_t, additional_attr=parts)
+
+    def compute_loss(
+        self,
+        encodings: Stage1Encodings,  # noqa: ARG002  (the signature of every Stage2 model)
+        output: Stage2ModelOutput,
+        inputs: LabeledImageData,  # noqa: ARG002
+    ) -> Stage2Losses:
+        """Mean squared errors of a prediction of `forward`, in the spaces of `loss_space`: their sum."""
+        parts = output.additional_attr or {}
+        pairs: Sequence[tuple[Tensor, Tensor]] = [(output.zs_pred, parts["target"])] if "target" in parts else []
+        if "pixels" in parts:
+            pairs = [*pairs, (parts["pixels"], parts["pixel_target"])]
+        if not pairs:
+            raise BadInput("output.additional_attr: expected a target (as from forward), got none")
+        errors = [(found.to(target.dtype) - target).square().flatten(1).mean(1) for found, target in pairs]
+        per_sample = torch.stack(errors).sum(0)
+        return Stage2Losses(loss_total=per_sample.mean(), per_sample=per_sample.detach())
+
+    def _noised(self, condition: Condition | None, inputs: LabeledImageData) -> Condition:
         """The condition with `level` times noise on its context; the level is uniform up to `context_noise`."""
-        condition = self._condition(inputs)
         assert isinstance(condition, ActionCondition)
         assert condition.context is not None
         drawn_b = self._draw(inputs, "context_level").to(condition.context)
@@ -242,3 +203,27 @@ class WorldModel(LatentDiffusion):
         level_b = torch.where(drawn_b < share, self.context_noise * drawn_b / share, 0.0)
         noise = self._draw(inputs, "context_noise").to(condition.context)
         return replace(condition, context=condition.context + level_b[:, None, None, None, None] * noise)
+
+
+def _check_data(spec: DataSpec) -> None:
+    if not spec.num_actions or not spec.history or not spec.context:
+        raise BadInput(
+            f"stage2: expected data with actions and frames of history (data.dataset context: true), got "
+            f"num_actions {spec.num_actions}, history {spec.history}, context {spec.context}"
+        )
+
+
+def _check_prediction(prediction: Prediction, residual: bool, loss_space: LossSpace, workflow: Workflow) -> None:
+    if residual and prediction != "x0":
+        raise BadInput(f"stage2.residual: expected false for prediction {prediction} (it needs x0), got true")
+    if workflow == "pixel" and prediction != "x0" and loss_space != "pixel":
+        raise BadInput(
+            f"stage2.loss_space: expected pixel for prediction {prediction} in the workflow pixel (noise has no "
+            f"latent), got {loss_space}"
+        )
+
+
+def _there(img: Tensor | None) -> Tensor:
+    if img is None:
+        raise BadInput("img: expected images for stage2.loss_space pixel or both, got none (data.latents: null)")
+    return img
