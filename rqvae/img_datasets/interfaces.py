@@ -165,6 +165,8 @@ class DataSpec:
         num_actions: actions of `ActionCondition`, 0 without.
         history: K, history slots of `ActionCondition`.
         context: whether `ActionCondition.context` holds the K frames.
+        rollout_steps: n consecutive frames that are targets, the last one of which is `img`: `ActionCondition` then has
+            K + n - 1 slots.
         num_mask_classes: classes of `MaskCondition`, 0 without.
         names: names of the classes or actions, where the dataset knows them.
         drops_condition: whether the dataset itself gives some training samples the null condition (`dropped`).
@@ -175,6 +177,7 @@ class DataSpec:
     num_actions: int = 0
     history: int = 0
     context: bool = False
+    rollout_steps: int = 1
     num_mask_classes: int = 0
     names: tuple[str, ...] = ()
     drops_condition: bool = False

@@ -93,8 +93,8 @@ def _condition(spec: DataSpec, context_shape: tuple[int, ...], dtype: torch.dtyp
     if spec.num_classes:
         return ClassCondition(torch.zeros(1, dtype=torch.long), spec.num_classes)
     if spec.num_actions:
-        slots = torch.zeros(1, max(1, spec.history), dtype=torch.long)
-        context = torch.empty(1, spec.history, *context_shape, dtype=dtype) if spec.context else None
+        slots = torch.zeros(1, max(1, spec.history) + spec.rollout_steps - 1, dtype=torch.long)
+        context = torch.empty(*slots.shape, *context_shape, dtype=dtype) if spec.context else None
         return ActionCondition(context, slots, slots == 0, spec.num_actions)
     if spec.num_mask_classes:
         return MaskCondition(torch.zeros(1, *spec.image_shape[1:], dtype=torch.long), spec.num_mask_classes)
