@@ -169,10 +169,11 @@ class LatentDiffusion(Stage2Model):
         if sampler is not None:
             self._check(sampler)
         noise = noise.to(at_least_fp32(noise))
+        condition = self._condition(inputs)
         zs, nfe = (sampler or self.sampler)(
-            self._predict,
+            self._predictor(condition),
             noise,
-            self._condition(inputs),
+            condition,
             KeyedNoise(noise),
             path=self.path,
             prediction=self.prediction,
@@ -201,6 +202,10 @@ class LatentDiffusion(Stage2Model):
             return self._predict(x, t, condition) if guidance is None else guidance(self._predict, x, t, condition)
 
         return Denoiser(guided, self.path, self.prediction)
+
+    def _predictor(self, condition: Condition | None) -> Predict:  # noqa: ARG002
+        """What a sampler asks while it makes one batch under this condition; work may be shared between its steps."""
+        return self._predict
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         """The network's answer (B, C, h, w) at one time `t` () for the whole batch."""

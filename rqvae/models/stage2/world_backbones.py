@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.contracts import check_shape
+from rqvae.diffusion.paths import Path
 from rqvae.errors import BadInput
 from rqvae.models.codec import Codec
 from rqvae.models.interfaces import ActionCondition, Condition, DataSpec, LatentShape
 from rqvae.models.layers.conv import group_norm
+from rqvae.models.stage2.causal_dit import CausalDiT, Memory
 
 MakeBackbone = Callable[[LatentShape, DataSpec], nn.Module]
 HistoryEncoder = Literal["conv2d", "conv3d"]
@@ -37,7 +39,7 @@ class ConcatBackbone(nn.Module):
         self.context_shape = (data_spec.history, *latent_shape)
         self.residual = residual
         channels = (data_spec.history + 1) * latent_shape[0]
-        self.network = backbone((channels, *latent_shape[1:]), data_spec)
+        self.network = of_one_frame(backbone((channels, *latent_shape[1:]), data_spec))
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """(B, C, h, w) noisy target, (B,) times and an `ActionCondition` with context (B, K, C, h, w) -> (B, C, h, w).
@@ -74,7 +76,7 @@ class HistoryBackbone(nn.Module):
         self.context_shape = (data_spec.history, *latent_shape)
         self.residual = residual
         self.history = history_encoder(encoder, data_spec.history + 1, latent_shape[0])
-        self.network = backbone(latent_shape, data_spec)
+        self.network = of_one_frame(backbone(latent_shape, data_spec))
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """As `ConcatBackbone.forward`."""
@@ -114,7 +116,7 @@ class HistoryVAEBackbone(nn.Module):
         self.context_shape = (data_spec.history, *data_spec.image_shape)
         self.residual, self.latent_shape = residual, tuple(latent_shape)
         self.history = history_encoder(encoder, data_spec.history + 1, data_spec.image_shape[0], zero=residual)
-        self.network = backbone(latent_shape, data_spec)
+        self.network = of_one_frame(backbone(latent_shape, data_spec))
 
     def latent(self, x_b3hw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """(B, C, h, w): the network's answer in the autoencoder's space, from pixels (B, 3, H, W) in [-1, 1].
@@ -134,6 +136,85 @@ class HistoryVAEBackbone(nn.Module):
     def forward(self, x_b3hw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """The answer as pixels (B, 3, H, W) in [-1, 1]; otherwise as `latent`."""
         return 2 * given(self.codec).decode(self.latent(x_b3hw, t_b, condition)) - 1
+
+
+class CausalBackbone(nn.Module):
+    """A network over windows of frames, each at a noise level of its own.
+
+    Args:
+        latent_shape: (C, h, w) of one frame.
+        data_spec: `history` K and the actions.
+        backbone: class of the network, a `CausalDiT`.
+        path: of the noise.
+        residual: add the frame before, as far as its noise allows, to each answer: alpha / (alpha^2 + sigma^2) times
+            it, which is the best linear estimate of a frame of variance one (Karras et al. 2022, EDM, table 1, c_skip),
+            and the frame itself where it is clean, as it is while one plays.
+
+    Raises:
+        BadInput: a network of another kind.
+    """
+
+    def __init__(
+        self, latent_shape: LatentShape, data_spec: DataSpec, backbone: MakeBackbone, path: Path, residual: bool
+    ) -> None:
+        super().__init__()
+        self.context_shape = (data_spec.history, *latent_shape)
+        self.path, self.residual = path, residual
+        network = backbone(latent_shape, data_spec)
+        if not isinstance(network, CausalDiT):
+            name = type(network).__name__
+            raise BadInput(f"stage2.backbone: expected a CausalDiT for the workflow causal, got {name}")
+        self.network = network
+
+    def window(self, frames_bschw: Tensor, t_bs: Tensor, condition: ActionCondition) -> Tensor:
+        """Answers (B, S, C, h, w) for all frames of a window, each noised by its own level `t_bs` (B, S)."""
+        led_bs, visible_bs = self._roles(condition)
+        answer_bschw, _ = self.network(frames_bschw, t_bs, led_bs, visible_bs)
+        if not self.residual:
+            return answer_bschw
+        skipped = self._skip(frames_bschw[:, :-1], t_bs[:, :-1])
+        return answer_bschw + torch.cat((torch.zeros_like(skipped[:, :1]), skipped), dim=1)
+
+    def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
+        """The answer (B, C, h, w) for the last frame after clean ones, computed over the whole window."""
+        context_bkchw = read_context(condition, self.context_shape).to(x_bchw)
+        assert isinstance(condition, ActionCondition)
+        frames_bschw = torch.cat((context_bkchw, x_bchw[:, None]), dim=1)
+        clean_bk = t_b.new_zeros(len(t_b), self.context_shape[0])
+        return self.window(frames_bschw, torch.cat((clean_bk, t_b[:, None]), dim=1), condition)[:, -1]
+
+    def remember(self, condition: Condition | None) -> Memory:
+        """Keys and values of the clean context, which all steps of a sampler share."""
+        context_bkchw = read_context(condition, self.context_shape)
+        assert isinstance(condition, ActionCondition)
+        led_bs, visible_bs = self._roles(condition)
+        clean_bk = context_bkchw.new_zeros(context_bkchw.shape[:2])
+        return self.network(context_bkchw, clean_bk, led_bs[:, :-1], visible_bs[:, :-1])[1]
+
+    def step(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None, memory: Memory) -> Tensor:
+        """What `forward` gives, from the memory of the context and the last frame alone."""
+        assert isinstance(condition, ActionCondition)
+        assert condition.context is not None
+        led_bs, visible_bs = self._roles(condition)
+        answer, _ = self.network(x_bchw[:, None], t_b[:, None], led_bs[:, -1:], visible_bs[:, -1:], memory)
+        return answer[:, 0] + condition.context[:, -1].to(x_bchw) if self.residual else answer[:, 0]
+
+    def _roles(self, condition: ActionCondition) -> tuple[Tensor, Tensor]:
+        """(B, S) the action that led to each frame, and (B, S) whether the frame is there."""
+        actions_bk = torch.where(condition.mask, condition.actions, self.network.unknown)
+        led_bs = torch.cat((torch.full_like(actions_bk[:, :1], self.network.unknown), actions_bk), dim=1)
+        return led_bs, torch.cat((condition.mask, torch.ones_like(condition.mask[:, :1])), dim=1)
+
+    def _skip(self, frames_bschw: Tensor, t_bs: Tensor) -> Tensor:
+        alpha, sigma = self.path.alpha(t_bs), self.path.sigma(t_bs)
+        return (alpha / (alpha.square() + sigma.square()))[:, :, None, None, None] * frames_bschw
+
+
+def of_one_frame(network: nn.Module) -> nn.Module:
+    """The network, unless it is one of windows; BadInput then."""
+    if isinstance(network, CausalDiT):
+        raise BadInput("stage2.workflow: expected causal for a CausalDiT, got a workflow of single frames")
+    return network
 
 
 def given(codec: Codec | None) -> Codec:

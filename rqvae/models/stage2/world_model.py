@@ -3,7 +3,8 @@
 Workflows: `latent_concat` stacks K clean context latents on the noisy target (DIAMOND, Alonso et al. 2024, section 3.1;
 GameNGen, Valevski et al. 2024, section 3.2); `latent_history` first squeezes context and target through a convolution
 to the channels of one latent; `pixel` noises pixels, squeezes frames and noisy frame to 3 channels, and goes through
-the frozen autoencoder in every evaluation.
+the frozen autoencoder in every evaluation; `causal` noises every frame of the window by a level of its own (Chen et al.
+2024, diffusion forcing) and lets frames see earlier ones alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.contracts import check_shape
+from rqvae.diffusion.guidance import Predict
 from rqvae.diffusion.paths import Path, Prediction
 from rqvae.diffusion.sampling import Sampler
 from rqvae.diffusion.timesteps import TimestepLaw
@@ -33,6 +35,7 @@ from rqvae.models.interfaces import (
 )
 from rqvae.models.stage2.diffusion import LatentDiffusion, at_least_fp32
 from rqvae.models.stage2.world_backbones import (
+    CausalBackbone,
     ConcatBackbone,
     HistoryBackbone,
     HistoryEncoder,
@@ -43,7 +46,7 @@ from rqvae.models.stage2.world_backbones import (
 )
 from rqvae.randomness import Draw, normal, uniform
 
-Workflow = Literal["latent_concat", "latent_history", "pixel"]
+Workflow = Literal["latent_concat", "latent_history", "pixel", "causal"]
 LossSpace = Literal["latent", "pixel", "both"]
 
 # One step gives the mean of all futures, a ghost that is half there and the next frame drops; four steps choose.
@@ -68,9 +71,11 @@ class WorldModel(LatentDiffusion):
     Args:
         latent_shape: (C, h, w) of one frame, given by Stage1 and the connector.
         data_spec: actions and history, given by the dataset.
-        backbone: class of the network (`rqvae.models.stage2.linear_dit.LinearDiT`).
-        workflow: latent_concat, latent_history with a bottleneck of C channels, or pixel with one of 3 channels in
-            front of the autoencoder, whose noise and samples are pixels.
+        backbone: class of the network (`rqvae.models.stage2.linear_dit.LinearDiT`, for causal
+            `rqvae.models.stage2.causal_dit.CausalDiT`).
+        workflow: latent_concat; latent_history with a bottleneck of C channels; pixel with one of 3 channels in front
+            of the autoencoder, whose noise and samples are pixels; or causal, whose frames all have a level of their
+            own, so that the context needs no other noise.
         history_encoder: of latent_history and pixel.
         loss_space: where the clean frame is compared: latent, pixel (decoded, in [-1, 1]) or both (their sum). In the
             workflow pixel another prediction than x0 is compared as pixels alone: its noise has no latent.
@@ -109,6 +114,8 @@ class WorldModel(LatentDiffusion):
     ) -> None:
         _check_data(data_spec)
         _check_prediction(prediction, residual, loss_space, workflow)
+        if workflow == "causal":
+            _check_causal(loss_space, context_noise, data_spec)
         if data_spec.rollout_steps > 1 and loss_space != "latent" and workflow != "pixel":
             raise BadInput(
                 f"stage2.loss_space: expected latent for data.dataset rollout_steps {data_spec.rollout_steps} outside "
@@ -121,6 +128,8 @@ class WorldModel(LatentDiffusion):
             )
 
         def with_context(shape: LatentShape, spec: DataSpec) -> nn.Module:
+            if workflow == "causal":
+                return CausalBackbone(shape, spec, backbone, self.path, residual)
             if workflow == "latent_concat":
                 return ConcatBackbone(shape, spec, backbone, residual)
             through = HistoryVAEBackbone if workflow == "pixel" else HistoryBackbone
@@ -142,11 +151,13 @@ class WorldModel(LatentDiffusion):
     def draws(self, latent_shape: LatentShape) -> dict[str, Draw]:
         """Those of `LatentDiffusion`, and where the context is noised `context_noise` (K, C, h, w) and its level ().
 
-        With n > 1 rollout steps `noise` is (n, C, h, w), `t` (n,), `context_noise` (K + n - 1, C, h, w).
+        With n > 1 rollout steps `noise` is (n, C, h, w), `t` (n,), `context_noise` (K + n - 1, C, h, w); in the
+        workflow causal there is `noise` and `t` for each of the K + 1 frames.
         """
         numbers, steps = super().draws(latent_shape), self.rollout_steps
-        if steps > 1:
-            numbers |= {"noise": Draw((steps, *latent_shape), normal), "t": Draw((steps,), self.timesteps)}
+        noised = self.history + 1 if self.workflow == "causal" else steps
+        if noised > 1:
+            numbers |= {"noise": Draw((noised, *latent_shape), normal), "t": Draw((noised,), self.timesteps)}
         if self.context_noise:
             numbers["context_noise"] = Draw((self.history + steps - 1, *latent_shape), normal)
             numbers["context_level"] = Draw((), uniform)
@@ -163,7 +174,8 @@ class WorldModel(LatentDiffusion):
         Returns:
             zs_pred (B, C, h, w), zs_degraded = x_t, `t` (B,) and what `compute_loss` compares: `target` (of zs_pred),
             and `pixels` with `pixel_target` (B, 3, H, W). With n > 1 rollout steps all of them have an axis n after
-            the first, and `t` is `levels` (B, n).
+            the first, and `t` is `levels` (B, n). In the workflow causal that axis are the K frames that have one
+            before them.
 
         Raises:
             BadInput: draws, a condition or an image that is not there.
@@ -171,6 +183,8 @@ class WorldModel(LatentDiffusion):
         x0 = encodings.zs.to(at_least_fp32(encodings.zs))
         noise, t = self._draw(inputs, "noise").to(x0), self._draw(inputs, "t").to(x0)
         condition = self._seen_condition(inputs)
+        if isinstance(self.backbone, CausalBackbone):
+            return self._forced(self.backbone, x0, noise, t, condition)
         if self.rollout_steps == 1:
             return self._predicted(x0, noise, t, self._noised(condition, inputs), inputs.img)
         return self._unrolled(x0, noise, t, condition, inputs)
@@ -191,6 +205,38 @@ class WorldModel(LatentDiffusion):
             if at < last:
                 frames = torch.cat((frames[:, :at], self._estimate(steps[-1])[:, None], frames[:, at + 1 :]), dim=1)
         return _together(steps)
+
+    def _forced(
+        self, backbone: CausalBackbone, x0: Tensor, noise: Tensor, t_bs: Tensor, condition: Condition | None
+    ) -> Stage2ModelOutput:
+        """All frames of the window at levels of their own; a frame that is missing costs nothing."""
+        context = read_context(condition, (self.history, *x0.shape[1:])).to(x0)
+        assert isinstance(condition, ActionCondition)
+        frames, count = torch.cat((context, x0[:, None]), dim=1).flatten(0, 1), noise.shape[:2]
+        x_t = self.path.interpolate(noise.flatten(0, 1), frames, t_bs.flatten()).unflatten(0, count)
+        target = self.path.target(self.prediction, noise.flatten(0, 1), frames, t_bs.flatten()).unflatten(0, count)
+        answer = backbone.window(x_t, t_bs, condition)
+        there = torch.cat((condition.mask, torch.ones_like(condition.mask[:, :1])), dim=1)
+        answer = torch.where(there[:, :, None, None, None], answer, target)
+        parts = {"levels": t_bs[:, 1:], "target": target[:, 1:]}
+        return Stage2ModelOutput(zs_pred=answer[:, 1:], zs_degraded=x_t[:, 1:], additional_attr=parts)
+
+    def _predictor(self, condition: Condition | None) -> Predict:
+        """In the workflow causal the context's keys and values are computed once and kept for all steps.
+
+        Guidance asks under other conditions too, for which the whole window is computed.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, CausalBackbone):
+            return self._predict
+        memory = backbone.remember(condition)
+
+        def predict(x: Tensor, t: Tensor, asked: Condition | None) -> Tensor:
+            if asked is not condition:
+                return self._predict(x, t, asked)
+            return backbone.step(x, t.to(x).expand(len(x)), asked, memory).to(x.dtype)
+
+        return predict
 
     @torch.no_grad()
     def _estimate(self, output: Stage2ModelOutput) -> Tensor:
@@ -277,6 +323,16 @@ def _check_prediction(prediction: Prediction, residual: bool, loss_space: LossSp
             f"stage2.loss_space: expected pixel for prediction {prediction} in the workflow pixel (noise has no "
             f"latent), got {loss_space}"
         )
+
+
+def _check_causal(loss_space: LossSpace, context_noise: float, spec: DataSpec) -> None:
+    """That nothing is asked for that the levels of the frames do already."""
+    expected = {"stage2.loss_space": "latent", "stage2.context_noise": 0.0, "data.dataset.rollout_steps": 1}
+    for (key, value), got in zip(expected.items(), (loss_space, context_noise, spec.rollout_steps), strict=True):
+        if got != value:
+            raise BadInput(
+                f"{key}: expected {value} in the workflow causal (every frame is noised and a target), got {got}"
+            )
 
 
 def slots(condition: Condition | None, first: int, count: int) -> Condition | None:
