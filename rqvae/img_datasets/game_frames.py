@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ class GameFrames(LabeledImageDataset):
         action_names: the actions in the order in which the model is to number them; null is the recording's order.
         rollout_steps: n, consecutive frames that a world model is trained to predict, each after its own prediction of
             those before (`rqvae.models.stage2.world_model.WorldModel`): windows then have K + n frames.
+        vae: folder of a latent cache of this recording (`python -m rqvae cache-latents`), from which Stage2 takes the
+            latents of targets and context in training, in place of `data.latents`; one of another Stage1 is refused.
 
     Raises:
         BadInput: `history` or `num_actions` below 1, names that are not `num_actions` different ones, or several
@@ -61,6 +64,7 @@ class GameFrames(LabeledImageDataset):
         padding: bool = True,
         action_names: list[str] | None = None,
         rollout_steps: Literal[1, 2, 4] = 1,
+        vae: str | None = None,
     ) -> None:
         if history < 1 or num_actions < 1:
             raise BadInput(f"history, num_actions: expected at least 1, got {history}, {num_actions}")
@@ -72,7 +76,7 @@ class GameFrames(LabeledImageDataset):
                 f"predict), got {rollout_steps}"
             )
         self.split, self.root, self.size, self.rollout_steps = split, Path(root), size, rollout_steps
-        self.history, self.num_actions = history, num_actions
+        self.history, self.num_actions, self.vae = history, num_actions, vae
         self.context, self.padding, self.action_names = context, padding, tuple(action_names or ())
         self._sha256 = ""
         self._frames: npt.NDArray[np.uint8] = np.empty((0, size, size, 3), dtype=np.uint8)
@@ -181,19 +185,33 @@ class GameFrames(LabeledImageDataset):
         `condition.context` uint8 (K, 3, size, size) is there where `context` asks for it; with n rollout steps both
         have K + n - 1 slots.
         """
+        sample, (at, before) = self.without_image(index), self.image_indices(index)
+        condition = sample.condition
+        assert isinstance(condition, ActionCondition)
+        if self.context:
+            context = torch.from_numpy(self._frames[before]).permute(0, 3, 1, 2)
+            condition = replace(condition, context=context.contiguous())
+        img = torch.from_numpy(self._frames[at]).permute(2, 0, 1).contiguous()
+        return LabeledImageData(img=img, condition=condition)
+
+    def without_image(self, index: int) -> LabeledImageData:
+        """The sample's actions, without any frame."""
         at = int(self._kept[index])
         steps = np.arange(at - self._slots, at)
         inside = steps >= self._first[at]
         actions = np.where(inside, self._action[np.maximum(steps, 0)], self.num_actions)
-        context = torch.from_numpy(self._frames[np.maximum(steps, self._first[at])]).permute(0, 3, 1, 2)
-        condition = ActionCondition(
-            context=context.contiguous() if self.context else None,
-            actions=torch.from_numpy(actions),
-            mask=torch.from_numpy(inside),
-            num_actions=self.num_actions,
-        )
-        img = torch.from_numpy(self._frames[at]).permute(2, 0, 1).contiguous()
-        return LabeledImageData(img=img, condition=condition)
+        known: dict[str, Any] = {"actions": torch.from_numpy(actions), "mask": torch.from_numpy(inside)}
+        return LabeledImageData(condition=ActionCondition(context=None, num_actions=self.num_actions, **known))
+
+    def encoded_images(self) -> LabeledImageDataset:
+        """Every frame of the split, whatever the windows: windows of any history and padding share one cache."""
+        return _Frames(self.split, self._frames, self.spec.image_shape, self._sha256)
+
+    def image_indices(self, index: int) -> tuple[int, list[int]]:
+        """The target, and the frames of its context, where missing ones are the episode's first; see the base class."""
+        at = int(self._kept[index])
+        before = np.maximum(np.arange(at - self._slots, at), self._first[at])
+        return at, before.tolist() if self.context else []
 
     def as_window(self, index: int) -> dict[str, Any]:
         """A sample under the names and in the shapes of earlier world-model code.
@@ -229,6 +247,26 @@ class GameFrames(LabeledImageDataset):
     def episodes(self) -> int:
         """How many episodes this split has."""
         return len(np.unique(self._episode))
+
+
+class _Frames(LabeledImageDataset):
+    """The frames of an opened split, one a sample, without actions."""
+
+    def __init__(self, split: Split, frames: npt.NDArray[np.uint8], shape: tuple[int, int, int], sha256: str) -> None:
+        self.split, self._shape, self._frames, self._sha256 = split, shape, frames, sha256
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(self._shape)
+
+    def fingerprint(self) -> str:
+        return f"GameFrames:{self.split}:frames:{self._sha256}"
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: int) -> LabeledImageData:
+        return LabeledImageData(img=torch.from_numpy(self._frames[index]).permute(2, 0, 1).contiguous())
 
 
 def rank_split(seed: int, episodes: int) -> dict[int, Split]:

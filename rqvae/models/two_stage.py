@@ -72,8 +72,8 @@ class TwoStage(nn.Module):
 
         Args:
             batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but neither the
-                posterior's noise nor the connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, latents
-                there are Stage2's and stay.
+                posterior's noise nor the connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, cached
+                latents there only go through the connector, and Stage2's own stay.
 
         Returns:
             The batch with Stage2's latents in `encodings`.
@@ -162,10 +162,13 @@ class TwoStage(nn.Module):
         return self.stage1.get_recon_imgs(self.codec.decode(self.codec.encode(images)))
 
     def _with_encoded_context(self, condition: Condition | None) -> Condition | None:
-        """History frames (B, K, 3, H, W) of a condition as Stage2's latents (B, K, *latent_shape)."""
+        """History frames (B, K, 3, H, W), or cached latents of them, as Stage2's latents (B, K, *latent_shape)."""
         if not isinstance(condition, ActionCondition) or condition.context is None or condition.encoded:
             return condition
         frames, shape = condition.context, tuple(condition.context.shape[2:])
+        if condition.cached:
+            encoded = self.connector(Stage1Encodings(frames.flatten(0, 1))).zs.unflatten(0, frames.shape[:2])
+            return replace(condition, context=encoded, encoded=True, cached=False)
         if shape == tuple(self.image_shape):
             encoded = self._space.encode(frames.flatten(0, 1))
             return replace(condition, context=encoded.unflatten(0, frames.shape[:2]), encoded=True)

@@ -82,8 +82,7 @@ def _stage2(run: Stage2Run) -> tuple[Work, ...]:
     draws = {**stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}
     batch = one_image(spec, draws, run, two_stage.latent_shape)
     assume_statistics(two_stage)
-    # frames of history are encoded every time: a cache has the images' own latents
-    encoded = (0 if run.data.latents else 1) + (spec.history + spec.rollout_steps - 1 if spec.context else 0)
+    encoded = 0 if run.data.cache else 1 + (spec.history + spec.rollout_steps - 1 if spec.context else 0)
     encode = _flops(stage1, lambda: stage1.encode(batch)) if encoded else 0.0
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=float_type(run.train.precision)))
     forward = _flops(stage2, lambda: stage2(encodings, batch))
