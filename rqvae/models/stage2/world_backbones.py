@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.contracts import check_shape
-from rqvae.diffusion.paths import Path
 from rqvae.errors import BadInput
 from rqvae.models.codec import Codec
 from rqvae.models.interfaces import ActionCondition, Condition, DataSpec, LatentShape
@@ -145,21 +144,18 @@ class CausalBackbone(nn.Module):
         latent_shape: (C, h, w) of one frame.
         data_spec: `history` K and the actions.
         backbone: class of the network, a `CausalDiT`.
-        path: of the noise.
-        residual: add the frame before, as far as its noise allows, to each answer: alpha / (alpha^2 + sigma^2) times
-            it, which is the best linear estimate of a frame of variance one (Karras et al. 2022, EDM, table 1, c_skip),
-            and the frame itself where it is clean, as it is while one plays.
+        residual: add the frame before to each answer: itself where it is clean, as it is while one plays, and the
+            network's answer for it where it is noised. Adding the noised frame, however weighted, leaves its noise to
+            be cancelled: eight windows were then learned to 25 % of the first loss where they now go below 2 %.
 
     Raises:
         BadInput: a network of another kind.
     """
 
-    def __init__(
-        self, latent_shape: LatentShape, data_spec: DataSpec, backbone: MakeBackbone, path: Path, residual: bool
-    ) -> None:
+    def __init__(self, latent_shape: LatentShape, data_spec: DataSpec, backbone: MakeBackbone, residual: bool) -> None:
         super().__init__()
         self.context_shape = (data_spec.history, *latent_shape)
-        self.path, self.residual = path, residual
+        self.residual = residual
         network = backbone(latent_shape, data_spec)
         if not isinstance(network, CausalDiT):
             name = type(network).__name__
@@ -172,8 +168,12 @@ class CausalBackbone(nn.Module):
         answer_bschw, _ = self.network(frames_bschw, t_bs, led_bs, visible_bs)
         if not self.residual:
             return answer_bschw
-        skipped = self._skip(frames_bschw[:, :-1], t_bs[:, :-1])
-        return answer_bschw + torch.cat((torch.zeros_like(skipped[:, :1]), skipped), dim=1)
+        added, before = [answer_bschw[:, 0]], answer_bschw[:, 0]
+        for s in range(1, frames_bschw.shape[1]):
+            clean_b111 = (t_bs[:, s - 1] == 0)[:, None, None, None]
+            before = answer_bschw[:, s] + torch.where(clean_b111, frames_bschw[:, s - 1], before.detach())
+            added.append(before)
+        return torch.stack(added, dim=1)
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, condition: Condition | None) -> Tensor:
         """The answer (B, C, h, w) for the last frame after clean ones, computed over the whole window."""
@@ -204,10 +204,6 @@ class CausalBackbone(nn.Module):
         actions_bk = torch.where(condition.mask, condition.actions, self.network.unknown)
         led_bs = torch.cat((torch.full_like(actions_bk[:, :1], self.network.unknown), actions_bk), dim=1)
         return led_bs, torch.cat((condition.mask, torch.ones_like(condition.mask[:, :1])), dim=1)
-
-    def _skip(self, frames_bschw: Tensor, t_bs: Tensor) -> Tensor:
-        alpha, sigma = self.path.alpha(t_bs), self.path.sigma(t_bs)
-        return (alpha / (alpha.square() + sigma.square()))[:, :, None, None, None] * frames_bschw
 
 
 def of_one_frame(network: nn.Module) -> nn.Module:

@@ -129,7 +129,7 @@ class WorldModel(LatentDiffusion):
 
         def with_context(shape: LatentShape, spec: DataSpec) -> nn.Module:
             if workflow == "causal":
-                return CausalBackbone(shape, spec, backbone, self.path, residual)
+                return CausalBackbone(shape, spec, backbone, residual)
             if workflow == "latent_concat":
                 return ConcatBackbone(shape, spec, backbone, residual)
             through = HistoryVAEBackbone if workflow == "pixel" else HistoryBackbone
