@@ -153,7 +153,7 @@ def test_guidance_asks_under_the_null_action_too() -> None:
 
 
 def test_every_frame_is_noised_by_its_own_level_and_is_a_target() -> None:
-    model = world(residual=False, drop_condition=0.0).train()
+    model = world(residual=False, drop_condition=0.0, context_noise_share=1.0).train()
     encodings, inputs = batch(model)
     output = model(encodings, inputs)
     clean = torch.cat((inputs.condition.context, encodings.zs[:, None]), 1)
@@ -169,8 +169,23 @@ def test_every_frame_is_noised_by_its_own_level_and_is_a_target() -> None:
     hidden = replace(inputs.condition, mask=torch.tensor([[False, False, True], [True, True, True]]))
     output = model(encodings, replace(inputs, condition=hidden))
     errors = (output.zs_pred - output.additional_attr["target"]).square().flatten(2).mean(2)
-    assert (errors[0] > 0).tolist() == [False, True, True]
-    assert (errors[1] > 0).all()
+    expected = torch.stack((errors[0, 1:].mean(), errors[1].mean()))
+    torch.testing.assert_close(model.compute_loss(encodings, output, inputs).per_sample, expected)
+
+
+def test_some_samples_have_a_clean_context_and_their_last_frame_is_the_target() -> None:
+    model = world(residual=False, drop_condition=0.0, context_noise_share=0.6).train()
+    encodings, inputs = batch(model)
+    inputs = replace(inputs, draws={**inputs.draws, "context_level": torch.tensor([0.5, 0.7])})
+    output = model(encodings, inputs)
+    levels = torch.stack((inputs.draws["t"][0], torch.tensor([0, 0, 0, inputs.draws["t"][1, -1]])))
+    assert torch.equal(output.additional_attr["levels"], levels[:, 1:])
+    torch.testing.assert_close(output.zs_degraded[1, :-1], inputs.condition.context[1, 1:])
+    played = model.backbone(output.zs_degraded[:, -1], levels[:, -1], inputs.condition)
+    torch.testing.assert_close(output.zs_pred[1, -1], played[1], atol=1e-5, rtol=1e-5)
+    expected = (played[1] - encodings.zs[1]).square().mean()
+    losses = model.compute_loss(encodings, output, inputs)
+    torch.testing.assert_close(losses.per_sample[1], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_every_parameter_learns_and_an_untrained_model_copies() -> None:

@@ -82,7 +82,8 @@ class WorldModel(LatentDiffusion):
         residual: the answer is added to the last frame's latent; only with prediction x0.
         context_noise: largest level of Gaussian noise on the context in training, so that generated frames are not a
             surprise; 0 is none.
-        context_noise_share: share of the samples with such noise.
+        context_noise_share: share of the samples with such noise; in the workflow causal of those whose context has
+            levels of its own, while the others have a clean one, as one plays.
         path: see `LatentDiffusion`.
         prediction: x0, or v or velocity.
         timesteps: see `LatentDiffusion`.
@@ -152,7 +153,7 @@ class WorldModel(LatentDiffusion):
         """Those of `LatentDiffusion`, and where the context is noised `context_noise` (K, C, h, w) and its level ().
 
         With n > 1 rollout steps `noise` is (n, C, h, w), `t` (n,), `context_noise` (K + n - 1, C, h, w); in the
-        workflow causal there is `noise` and `t` for each of the K + 1 frames.
+        workflow causal there is `noise` and `t` for each of the K + 1 frames, and a `context_level`.
         """
         numbers, steps = super().draws(latent_shape), self.rollout_steps
         noised = self.history + 1 if self.workflow == "causal" else steps
@@ -160,6 +161,7 @@ class WorldModel(LatentDiffusion):
             numbers |= {"noise": Draw((noised, *latent_shape), normal), "t": Draw((noised,), self.timesteps)}
         if self.context_noise:
             numbers["context_noise"] = Draw((self.history + steps - 1, *latent_shape), normal)
+        if self.context_noise or self.workflow == "causal":
             numbers["context_level"] = Draw((), uniform)
         return numbers
 
@@ -175,7 +177,7 @@ class WorldModel(LatentDiffusion):
             zs_pred (B, C, h, w), zs_degraded = x_t, `t` (B,) and what `compute_loss` compares: `target` (of zs_pred),
             and `pixels` with `pixel_target` (B, 3, H, W). With n > 1 rollout steps all of them have an axis n after
             the first, and `t` is `levels` (B, n). In the workflow causal that axis are the K frames that have one
-            before them.
+            before them, and `weight` (B, K) says what each counts.
 
         Raises:
             BadInput: draws, a condition or an image that is not there.
@@ -184,7 +186,7 @@ class WorldModel(LatentDiffusion):
         noise, t = self._draw(inputs, "noise").to(x0), self._draw(inputs, "t").to(x0)
         condition = self._seen_condition(inputs)
         if isinstance(self.backbone, CausalBackbone):
-            return self._forced(self.backbone, x0, noise, t, condition)
+            return self._forced(self.backbone, x0, noise, t, condition, inputs)
         if self.rollout_steps == 1:
             return self._predicted(x0, noise, t, self._noised(condition, inputs), inputs.img)
         return self._unrolled(x0, noise, t, condition, inputs)
@@ -207,18 +209,31 @@ class WorldModel(LatentDiffusion):
         return _together(steps)
 
     def _forced(
-        self, backbone: CausalBackbone, x0: Tensor, noise: Tensor, t_bs: Tensor, condition: Condition | None
+        self,
+        backbone: CausalBackbone,
+        x0: Tensor,
+        noise: Tensor,
+        t_bs: Tensor,
+        condition: Condition | None,
+        inputs: LabeledImageData,
     ) -> Stage2ModelOutput:
-        """All frames of the window at levels of their own; a frame that is missing costs nothing."""
+        """All frames of the window at levels of their own, but for the samples that have a clean context.
+
+        Frames that are missing and clean ones are no targets: a sample's loss is the mean over the others.
+        """
+        if self.training:
+            clean_b = self._draw(inputs, "context_level").to(t_bs) >= self.context_noise_share
+            t_bs = torch.cat((torch.where(clean_b[:, None], 0.0, t_bs[:, :-1]), t_bs[:, -1:]), dim=1)
         context = read_context(condition, (self.history, *x0.shape[1:])).to(x0)
         assert isinstance(condition, ActionCondition)
         frames, count = torch.cat((context, x0[:, None]), dim=1).flatten(0, 1), noise.shape[:2]
         x_t = self.path.interpolate(noise.flatten(0, 1), frames, t_bs.flatten()).unflatten(0, count)
         target = self.path.target(self.prediction, noise.flatten(0, 1), frames, t_bs.flatten()).unflatten(0, count)
         answer = backbone.window(x_t, t_bs, condition)
-        there = torch.cat((condition.mask, torch.ones_like(condition.mask[:, :1])), dim=1)
-        answer = torch.where(there[:, :, None, None, None], answer, target)
-        parts = {"levels": t_bs[:, 1:], "target": target[:, 1:]}
+        there_bs = torch.cat((condition.mask, torch.ones_like(condition.mask[:, :1])), dim=1)
+        counted_bs = (there_bs & (t_bs > 0))[:, 1:].to(answer.dtype)
+        weight_bs = counted_bs / counted_bs.sum(1, keepdim=True)
+        parts = {"levels": t_bs[:, 1:], "target": target[:, 1:], "weight": weight_bs}
         return Stage2ModelOutput(zs_pred=answer[:, 1:], zs_degraded=x_t[:, 1:], additional_attr=parts)
 
     def _predictor(self, condition: Condition | None) -> Predict:
@@ -290,7 +305,11 @@ class WorldModel(LatentDiffusion):
             pairs = [*pairs, (parts["pixels"], parts["pixel_target"])]
         if not pairs:
             raise BadInput("output.additional_attr: expected a target (as from forward), got none")
-        errors = [(found.to(target.dtype) - target).square().flatten(1).mean(1) for found, target in pairs]
+        squares = [(found.to(target.dtype) - target).square() for found, target in pairs]
+        if "weight" in parts:
+            errors = [(square.flatten(2).mean(2) * parts["weight"]).sum(1) for square in squares]
+        else:
+            errors = [square.flatten(1).mean(1) for square in squares]
         per_sample = torch.stack(errors).sum(0)
         return Stage2Losses(loss_total=per_sample.mean(), per_sample=per_sample.detach())
 
