@@ -56,6 +56,18 @@ class DataSettings:
         if self.batch_size < 1 or self.workers < 0:
             raise BadInput(f"data: expected batch_size >= 1 and workers >= 0, got {self.batch_size}, {self.workers}")
 
+    @property
+    def cache(self) -> str | None:
+        """Folder of the latent cache, which `latents` or the dataset's own key `vae` names.
+
+        Raises:
+            BadInput: both do.
+        """
+        named = self.dataset("train").vae
+        if named and self.latents:
+            raise BadInput(f"data.latents: expected null, as data.dataset vae names {named}, got {self.latents}")
+        return self.latents or named
+
     def make(self, split: Split) -> tuple[LabeledImageDataset, Transform]:
         """The dataset of a split, not opened yet, and its transform."""
         dataset = self.dataset(split)

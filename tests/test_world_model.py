@@ -104,7 +104,7 @@ def test_context_noise_follows_its_law_and_is_off_in_evaluation() -> None:
     clean = inputs.condition.context
     level = torch.tensor([0.3, 0.7])
     inputs = replace(inputs, draws={**inputs.draws, "context_level": level})
-    noised = world._noised(inputs).context
+    noised = world.train()._noised(inputs.condition, inputs).context
     expected = clean[0] + 0.5 * 0.3 / 0.6 * inputs.draws["context_noise"][0]
     torch.testing.assert_close(noised[0], expected)
     assert torch.equal(noised[1], clean[1])

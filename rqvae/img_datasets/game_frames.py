@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,9 +42,14 @@ class GameFrames(LabeledImageDataset):
         padding: also give the first frames of an episode, whose history is missing in part; what is missing is masked,
             and shows the episode's first frame.
         action_names: the actions in the order in which the model is to number them; null is the recording's order.
+        rollout_steps: n, consecutive frames that a world model is trained to predict, each after its own prediction of
+            those before (`rqvae.models.stage2.world_model.WorldModel`): windows then have K + n frames.
+        vae: folder of a latent cache of this recording (`python -m rqvae cache-latents`), from which Stage2 takes the
+            latents of targets and context in training, in place of `data.latents`; one of another Stage1 is refused.
 
     Raises:
-        BadInput: `history` or `num_actions` below 1, or names that are not `num_actions` different ones.
+        BadInput: `history` or `num_actions` below 1, names that are not `num_actions` different ones, or several
+            rollout steps on padded windows or without `context`.
     """
 
     def __init__(
@@ -57,13 +63,20 @@ class GameFrames(LabeledImageDataset):
         context: bool = False,
         padding: bool = True,
         action_names: list[str] | None = None,
+        rollout_steps: Literal[1, 2, 4] = 1,
+        vae: str | None = None,
     ) -> None:
         if history < 1 or num_actions < 1:
             raise BadInput(f"history, num_actions: expected at least 1, got {history}, {num_actions}")
         if action_names is not None and len(set(action_names)) != num_actions:
             raise BadInput(f"action_names: expected {num_actions} different names, got {action_names}")
-        self.split, self.root, self.size = split, Path(root), size
-        self.history, self.num_actions = history, num_actions
+        if rollout_steps > 1 and (padding or not context):
+            raise BadInput(
+                f"rollout_steps: expected 1 unless context: true and padding: false (every step has a true frame to "
+                f"predict), got {rollout_steps}"
+            )
+        self.split, self.root, self.size, self.rollout_steps = split, Path(root), size, rollout_steps
+        self.history, self.num_actions, self.vae = history, num_actions, vae
         self.context, self.padding, self.action_names = context, padding, tuple(action_names or ())
         self._sha256 = ""
         self._frames: npt.NDArray[np.uint8] = np.empty((0, size, size, 3), dtype=np.uint8)
@@ -77,7 +90,13 @@ class GameFrames(LabeledImageDataset):
         """(3, size, size), the number of actions, the history."""
         shape = (3, self.size, self.size)
         actions: dict[str, Any] = {"num_actions": self.num_actions, "names": self.action_names}
-        return DataSpec(shape, history=self.history, context=self.context, **actions)
+        window: dict[str, Any] = {"context": self.context, "rollout_steps": self.rollout_steps}
+        return DataSpec(shape, history=self.history, **window, **actions)
+
+    @property
+    def _slots(self) -> int:
+        """How many frames come before the last target."""
+        return self.history + self.rollout_steps - 1
 
     def open(self) -> None:
         """Read the recording into memory: the frames of this split's episodes, as uint8.
@@ -100,8 +119,8 @@ class GameFrames(LabeledImageDataset):
             actions.append(table["action"][mine])
         episode = np.concatenate(episodes)
         longest = int(np.bincount(episode).max())
-        if self.history >= longest:
-            raise BadInput(f"history: expected less than {longest}, longest episode of {self.root}, got {self.history}")
+        if self._slots >= longest:
+            raise BadInput(f"history: expected less than {longest}, longest episode of {self.root}, got {self._slots}")
         split_of = np.array([rank[k] for k in range(meta["episodes"])])[episode]
         self._frames = np.concatenate(frames)
         self._action = self._number_of(meta["action_names"])[np.concatenate(actions)]
@@ -124,7 +143,7 @@ class GameFrames(LabeledImageDataset):
         seen = {"train": [], "val": ["train"], "test": ["train", "val"]}[self.split]
         mine = hashes[split_of == self.split]
         fresh = ~np.isin(mine, hashes[np.isin(split_of, seen)])
-        whole = self.padding | (np.arange(len(mine)) - self.history >= self._first)
+        whole = self.padding | (np.arange(len(mine)) - self._slots >= self._first)
         self._kept = np.flatnonzero(fresh & whole)
         if not len(self._kept):
             raise BadInput(
@@ -154,6 +173,7 @@ class GameFrames(LabeledImageDataset):
     def fingerprint(self) -> str:
         """Of the shards' own hashes, the split and the windows."""
         windows = ":context" * self.context + ":whole" * (not self.padding)
+        windows += f":rollout{self.rollout_steps}" * (self.rollout_steps > 1)
         return f"GameFrames:{self.split}:{self.history}{windows}:{self._sha256}"
 
     def __len__(self) -> int:
@@ -162,21 +182,36 @@ class GameFrames(LabeledImageDataset):
     def __getitem__(self, index: int) -> LabeledImageData:
         """`img` uint8 (3, size, size); `condition` with `actions` (K,), the last of which led to this frame.
 
-        `condition.context` uint8 (K, 3, size, size) is there where `context` asks for it.
+        `condition.context` uint8 (K, 3, size, size) is there where `context` asks for it; with n rollout steps both
+        have K + n - 1 slots.
         """
-        at = int(self._kept[index])
-        steps = np.arange(at - self.history, at)
-        inside = steps >= self._first[at]
-        actions = np.where(inside, self._action[np.maximum(steps, 0)], self.num_actions)
-        context = torch.from_numpy(self._frames[np.maximum(steps, self._first[at])]).permute(0, 3, 1, 2)
-        condition = ActionCondition(
-            context=context.contiguous() if self.context else None,
-            actions=torch.from_numpy(actions),
-            mask=torch.from_numpy(inside),
-            num_actions=self.num_actions,
-        )
+        sample, (at, before) = self.without_image(index), self.image_indices(index)
+        condition = sample.condition
+        assert isinstance(condition, ActionCondition)
+        if self.context:
+            context = torch.from_numpy(self._frames[before]).permute(0, 3, 1, 2)
+            condition = replace(condition, context=context.contiguous())
         img = torch.from_numpy(self._frames[at]).permute(2, 0, 1).contiguous()
         return LabeledImageData(img=img, condition=condition)
+
+    def without_image(self, index: int) -> LabeledImageData:
+        """The sample's actions, without any frame."""
+        at = int(self._kept[index])
+        steps = np.arange(at - self._slots, at)
+        inside = steps >= self._first[at]
+        actions = np.where(inside, self._action[np.maximum(steps, 0)], self.num_actions)
+        known: dict[str, Any] = {"actions": torch.from_numpy(actions), "mask": torch.from_numpy(inside)}
+        return LabeledImageData(condition=ActionCondition(context=None, num_actions=self.num_actions, **known))
+
+    def encoded_images(self) -> LabeledImageDataset:
+        """Every frame of the split, whatever the windows: windows of any history and padding share one cache."""
+        return _Frames(self.split, self._frames, self.spec.image_shape, self._sha256)
+
+    def image_indices(self, index: int) -> tuple[int, list[int]]:
+        """The target, and the frames of its context, where missing ones are the episode's first; see the base class."""
+        at = int(self._kept[index])
+        before = np.maximum(np.arange(at - self._slots, at), self._first[at])
+        return at, before.tolist() if self.context else []
 
     def as_window(self, index: int) -> dict[str, Any]:
         """A sample under the names and in the shapes of earlier world-model code.
@@ -190,12 +225,13 @@ class GameFrames(LabeledImageDataset):
         assert isinstance(condition, ActionCondition)
         first = self._first[at]
         obs = torch.from_numpy(self._frames[np.maximum(np.arange(at - self.history, at), first)]).permute(0, 3, 1, 2)
-        one_hot = torch.nn.functional.one_hot(condition.actions, self.num_actions + 1)[:, : self.num_actions]
+        actions, mask = condition.actions[-self.history :], condition.mask[-self.history :]
+        one_hot = torch.nn.functional.one_hot(actions, self.num_actions + 1)[:, : self.num_actions]
         return {
             "obs": obs.flatten(0, 1).float() / 255,
             "img": sample.require_img().float() / 255,
             "y": one_hot[None].float(),
-            "y_mask": condition.mask[None].to(torch.int16),
+            "y_mask": mask[None].to(torch.int16),
             "data_info": {
                 "episode": int(self._episode[at]),
                 "done": at + 1 == len(self._first) or int(self._first[at + 1]) != int(first),
@@ -211,6 +247,26 @@ class GameFrames(LabeledImageDataset):
     def episodes(self) -> int:
         """How many episodes this split has."""
         return len(np.unique(self._episode))
+
+
+class _Frames(LabeledImageDataset):
+    """The frames of an opened split, one a sample, without actions."""
+
+    def __init__(self, split: Split, frames: npt.NDArray[np.uint8], shape: tuple[int, int, int], sha256: str) -> None:
+        self.split, self._shape, self._frames, self._sha256 = split, shape, frames, sha256
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(self._shape)
+
+    def fingerprint(self) -> str:
+        return f"GameFrames:{self.split}:frames:{self._sha256}"
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: int) -> LabeledImageData:
+        return LabeledImageData(img=torch.from_numpy(self._frames[index]).permute(2, 0, 1).contiguous())
 
 
 def rank_split(seed: int, episodes: int) -> dict[int, Split]:

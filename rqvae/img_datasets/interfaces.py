@@ -74,7 +74,8 @@ class ActionCondition(Condition):
         actions: (B, K) int64 in [0, num_actions]; `num_actions` is the null action, which is never NOOP.
         mask: (B, K) bool; False where the history is missing.
         num_actions: how many real actions there are.
-        encoded: whether `context` holds latents, which may have the shape of frames.
+        encoded: whether `context` holds Stage2's latents, which may have the shape of frames.
+        cached: whether it holds Stage1's, as a cache gives them, which the connector has not seen.
     """
 
     context: Tensor | None
@@ -82,6 +83,7 @@ class ActionCondition(Condition):
     mask: Tensor
     num_actions: int
     encoded: bool = False
+    cached: bool = False
 
     def null(self) -> ActionCondition:
         return replace(self, actions=torch.full_like(self.actions, self.num_actions))
@@ -165,6 +167,8 @@ class DataSpec:
         num_actions: actions of `ActionCondition`, 0 without.
         history: K, history slots of `ActionCondition`.
         context: whether `ActionCondition.context` holds the K frames.
+        rollout_steps: n consecutive frames that are targets, the last one of which is `img`: `ActionCondition` then has
+            K + n - 1 slots.
         num_mask_classes: classes of `MaskCondition`, 0 without.
         names: names of the classes or actions, where the dataset knows them.
         drops_condition: whether the dataset itself gives some training samples the null condition (`dropped`).
@@ -175,6 +179,7 @@ class DataSpec:
     num_actions: int = 0
     history: int = 0
     context: bool = False
+    rollout_steps: int = 1
     num_mask_classes: int = 0
     names: tuple[str, ...] = ()
     drops_condition: bool = False
@@ -186,9 +191,12 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
     The constructor takes `split` first and may not touch the disk: `open` does. `__getitem__` returns a sample as it
     is stored (uint8 (3, H, W) or float in [0, 1]), without augmentation: transforms are the feed's.
     A method `collate_fn(samples)` is used in place of the default one when it exists.
+
+    `vae` names a latent cache where the dataset has a key for it, as `data.latents` does for every dataset.
     """
 
     split: Split
+    vae: str | None = None
 
     @property
     def spec(self) -> DataSpec:
@@ -222,6 +230,17 @@ class LabeledImageDataset(Dataset[LabeledImageData]):
         A dataset whose images are costly to read overrides it.
         """
         return replace(self[index], img=None)
+
+    def encoded_images(self) -> LabeledImageDataset:
+        """The images that Stage1 encodes for a latent cache, each once: the dataset itself, one image a sample.
+
+        A dataset whose samples share images (frames of a recording) gives another one; `open` comes before.
+        """
+        return self
+
+    def image_indices(self, index: int) -> tuple[int, list[int]]:
+        """Where in `encoded_images()` the sample's image is, and the frames of its context, the earliest one first."""
+        return index, []
 
 
 class Transform:
@@ -270,7 +289,7 @@ class LatentSource(Protocol):
     """Where cached latents of a split come from."""
 
     def read(self, index: int, choice: Tensor) -> Stage1Encodings:
-        """What Stage1 gives for variant `choice` of the dataset's sample `index`, without batch axis."""
+        """What Stage1 gives for variant `choice` of image `index` of `dataset.encoded_images()`, without batch axis."""
         ...
 
 
@@ -328,7 +347,7 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         else:
             choice = self.transform.choose(rng)
             sample = self.transform.variant(self.dataset.without_image(index), choice)
-            sample = replace(sample, encodings=self.latents.read(index, choice))
+            sample = self._with_latents(sample, self.latents, index, choice)
         self._check(sample)
         sample = replace(sample, img=_unit_range(sample.img))
         if isinstance(sample.condition, ActionCondition):
@@ -337,6 +356,17 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         if drop and sample.condition is not None:
             sample = replace(sample, condition=sample.condition.null())
         return replace(sample, sample_id=torch.tensor(position), draws=fill(self.draws, self.seed, position) or None)
+
+    def _with_latents(
+        self, sample: LabeledImageData, latents: LatentSource, index: int, choice: Tensor
+    ) -> LabeledImageData:
+        """The sample with the cached latents of its image, and of its context where the dataset says which they are."""
+        own, before = self.dataset.image_indices(index)
+        sample = replace(sample, encodings=latents.read(own, choice))
+        if not before or not isinstance(sample.condition, ActionCondition):
+            return sample
+        context = torch.stack([latents.read(k, choice).zs for k in before])
+        return replace(sample, condition=replace(sample.condition, context=context, cached=True))
 
     def _check(self, sample: LabeledImageData) -> None:
         """That the transform gives what the dataset's `DataSpec` says, which all models were built for."""
@@ -391,6 +421,6 @@ def _stack(items: Sequence[_Named]) -> Any:
         return type(first.value)(**parts)
     if isinstance(first.value, dict):
         return {k: _stack([_Named(f"{first.name}.{k}", v.get(k)) for v in values]) for k in first.value}
-    if first.name.endswith((".num_classes", ".num_actions", ".encoded")):
+    if first.name.endswith((".num_classes", ".num_actions", ".encoded", ".cached")):
         return first.value
     return list(values)

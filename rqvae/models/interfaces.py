@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -26,6 +26,9 @@ from rqvae.img_datasets.interfaces import (
 )
 from rqvae.models.blocks import listed_blocks
 from rqvae.randomness import Draw
+
+if TYPE_CHECKING:
+    from rqvae.models.codec import Codec
 
 __all__ = [
     "ActionCondition",
@@ -223,7 +226,19 @@ class base_connector(nn.Module):  # noqa: N801  (the name its users know)
 
 
 class Stage2Model(nn.Module):
-    """A generator of latents. Built from shapes: `stage2 = config.stage2(latent_shape, data_spec)`."""
+    """A generator of latents. Built from shapes: `stage2 = config.stage2(latent_shape, data_spec)`.
+
+    `in_pixels` says that what it noises and generates are pixels (3, H, W) in [-1, 1], and its latents are its own
+    affair: it then encodes and decodes with what `attach` gives it.
+    """
+
+    in_pixels: bool = False
+
+    def attach(self, codec: Codec) -> None:
+        """Take the frozen autoencoder, for a model that works through it; called once, by `TwoStage`.
+
+        It must not become a submodule. A model that knows latents alone has no use for it.
+        """
 
     def forward(self, encodings: Stage1Encodings, inputs: LabeledImageData) -> Stage2ModelOutput:
         """One training prediction from the clean latent; uses `inputs.draws`."""

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from rqvae.contracts import check_shape, check_type
 from rqvae.errors import BadInput
+from rqvae.models.codec import Codec
 from rqvae.models.interfaces import (
     ActionCondition,
     Condition,
@@ -25,6 +26,7 @@ from rqvae.models.interfaces import (
     Stage2ModelOutput,
     base_connector,
 )
+from rqvae.models.stage1.pixel import PixelStage1
 
 Stage2Forward = Callable[[Stage1Encodings, LabeledImageData], Stage2ModelOutput]
 
@@ -32,8 +34,11 @@ Stage2Forward = Callable[[Stage1Encodings, LabeledImageData], Stage2ModelOutput]
 class TwoStage(nn.Module):
     """image -> Stage1.encode -> connector.forward -> Stage2 -> connector.reverse -> Stage1.decode -> image.
 
-    Stage1 is frozen: always in eval mode, no gradients. Stage2 is built from `latent_shape` and knows neither of the
-    other two, so its checkpoint, EMA and optimizer hold nothing of them.
+    Stage1 is frozen: always in eval mode, no gradients. Stage2 is built from `latent_shape` and registers neither of
+    the other two, so its checkpoint, EMA and optimizer hold nothing of them.
+
+    A Stage2 that is `in_pixels` noises and generates pixels in [-1, 1] and goes through the autoencoder itself
+    (`attach`): `latent_shape` is then the image's, and the way above is that of `PixelStage1`.
 
     Args:
         stage1: the trained autoencoder; it is frozen in place.
@@ -49,7 +54,11 @@ class TwoStage(nn.Module):
         self.stage1 = stage1.requires_grad_(False).eval()
         self.connector, self.stage2 = connector, stage2
         self.image_shape: ImageShape = image_shape
-        self.latent_shape: LatentShape = tuple(connector.latent_shape(stage1.latent_shape(image_shape)))
+        self.codec = Codec(self.stage1, connector)
+        latent_shape = tuple(connector.latent_shape(stage1.latent_shape(image_shape)))
+        self.latent_shape: LatentShape = image_shape if stage2.in_pixels else latent_shape
+        self._space = Codec(PixelStage1(), base_connector()) if stage2.in_pixels else self.codec
+        stage2.attach(self.codec)
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but Stage1, which stays in eval mode."""
@@ -63,8 +72,8 @@ class TwoStage(nn.Module):
 
         Args:
             batch: `img` (B, 3, H, W), or Stage1's latents in `encodings`, which spare the encoder but neither the
-                posterior's noise nor the connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, latents
-                there are Stage2's and stay.
+                posterior's noise nor the connector. Frames (B, K, 3, H, W) in `condition.context` are encoded, cached
+                latents there only go through the connector, and Stage2's own stay.
 
         Returns:
             The batch with Stage2's latents in `encodings`.
@@ -72,12 +81,13 @@ class TwoStage(nn.Module):
         Raises:
             BadInput: neither frames nor latents in the context.
         """
+        stage1, connector = self._space.stage1, self._space.connector
         if batch.encodings is None:
-            encodings = self.stage1.encode(batch)
+            encodings = stage1.encode(batch)
         else:
-            encodings = self.stage1.with_draws(batch.encodings, batch.draws)
+            encodings = stage1.with_draws(batch.encodings, batch.draws)
         check_type(encodings, Stage1Encodings, "stage1: encode")
-        latents = self.connector(encodings)
+        latents = connector(encodings)
         check_type(latents, Stage1Encodings, "connector: forward")
         check_shape(latents.zs, (len(encodings.zs), *self.latent_shape), "connector: forward: zs")
         return replace(batch, encodings=latents, condition=self._with_encoded_context(batch.condition))
@@ -138,20 +148,29 @@ class TwoStage(nn.Module):
     @torch.no_grad()
     def decode(self, output: Stage1Encodings | Stage2ModelOutput) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of Stage2's latents."""
-        return self.stage1.get_recon_imgs(self.stage1.decode(self.connector.reverse(output)).xs_recon)
+        stage1, connector = self._space.stage1, self._space.connector
+        return self.stage1.get_recon_imgs(stage1.decode(connector.reverse(output)).xs_recon)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Stage2's latents (B, *latent_shape) of images (B, 3, H, W) in [0, 1], without posterior noise."""
+        return self._space.encode(images)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] through encoder, connector and back: what no sample can be better than."""
-        return self.decode(self.connector(self.stage1.encode(LabeledImageData(img=images))))
+        return self.stage1.get_recon_imgs(self.codec.decode(self.codec.encode(images)))
 
     def _with_encoded_context(self, condition: Condition | None) -> Condition | None:
-        """History frames (B, K, 3, H, W) of a condition as Stage2's latents (B, K, *latent_shape)."""
+        """History frames (B, K, 3, H, W), or cached latents of them, as Stage2's latents (B, K, *latent_shape)."""
         if not isinstance(condition, ActionCondition) or condition.context is None or condition.encoded:
             return condition
         frames, shape = condition.context, tuple(condition.context.shape[2:])
+        if condition.cached:
+            encoded = self.connector(Stage1Encodings(frames.flatten(0, 1))).zs.unflatten(0, frames.shape[:2])
+            return replace(condition, context=encoded, encoded=True, cached=False)
         if shape == tuple(self.image_shape):
-            encoded = self.connector(self.stage1.encode(LabeledImageData(img=frames.flatten(0, 1)))).zs
+            encoded = self._space.encode(frames.flatten(0, 1))
             return replace(condition, context=encoded.unflatten(0, frames.shape[:2]), encoded=True)
         raise BadInput(
             f"condition.context: expected frames (B, K, {str(tuple(self.image_shape))[1:]}, or latents marked as "

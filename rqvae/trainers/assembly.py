@@ -61,7 +61,7 @@ def check(run: AnyRun, world_size: int) -> None:
     image_shape = spec.image_shape
     check_online_eval(run, spec)
     if isinstance(run, Stage1Run):
-        if run.data.latents:
+        if run.data.cache:
             raise BadInput("data.latents: expected null for Stage1 (it is trained on images)")
         run.stage1.latent_shape(image_shape)
         check_blocks(run.stage1, run.train)
@@ -76,6 +76,8 @@ def check(run: AnyRun, world_size: int) -> None:
         check_generator(two_stage.stage2)
         check_blocks(two_stage.stage2, run.train)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
+        if run.data.cache and two_stage.stage2.in_pixels:
+            raise BadInput("data.latents: expected null for a Stage2 that noises pixels, got a cache of latents")
         open_cache(run.data, run.stage1)
 
 
@@ -160,7 +162,7 @@ class TrainingJob:
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]
         stream.draws = parts.draws if self.run.train.noise == "per_sample" else {}
         if parts.latents:
-            parts.latents.check_data(fingerprint)
+            parts.latents.check_data(stream.dataset.encoded_images().fingerprint())
             stream.latents = parts.latents
         self.run, meter = parts.join(self.run), Meter(self.backend)
         state = TrainState(self.backend, parts.modules, parts.ema, parts.updates, meter, parts.facts, parts.must_match)

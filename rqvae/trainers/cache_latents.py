@@ -55,10 +55,10 @@ def open_cache(data: DataSettings, stage1: Stage1Model) -> LatentCache | None:
     Raises:
         BadInput: no such cache, or one of another transform, image shape, Stage1 class or latent shape.
     """
-    if data.latents is None:
+    if data.cache is None:
         return None
     dataset, transform = data.make("train")
-    cache = LatentCache.open(Path(data.latents), "train")
+    cache = LatentCache.open(Path(data.cache), "train")
     shape = dataset.spec.image_shape
     cache.check_preprocessing(structure_of(stage1), transform, shape, stage1.latent_shape(shape))
     return cache
@@ -134,7 +134,8 @@ class CachingJob:
         if self.backend.rank:
             dataset.open()
         # seed 0 and file order, as where a run estimates its latents' statistics: the manifest's are the same numbers
-        return VariantStream(dataset, transform, stage1.draws(dataset.spec.image_shape), seed=0, shuffle=False)
+        images = dataset.encoded_images()
+        return VariantStream(images, transform, stage1.draws(images.spec.image_shape), seed=0, shuffle=False)
 
     def _facts(self, stage1_sha256: str) -> dict[str, Any]:
         """What the cache is of."""

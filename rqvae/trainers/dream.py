@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import ActionCondition
-from rqvae.models.interfaces import LabeledImageData, Stage1Encodings
+from rqvae.models.interfaces import Stage1Encodings
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
 
@@ -60,8 +60,7 @@ class Dream:
         if actions_bk.shape != (b, k - 1):
             raise BadInput(f"actions: expected ({b}, {k - 1}) between {k} frames, got {tuple(actions_bk.shape)}")
         check_actions(actions_bk, num_actions)
-        images = LabeledImageData(img=frames_bk3hw.flatten(0, 1))
-        encoded = two_stage.connector(two_stage.stage1.encode(images)).zs.unflatten(0, (b, k))
+        encoded = two_stage.encode(frames_bk3hw.flatten(0, 1)).unflatten(0, (b, k))
         last = torch.full((b, 1), num_actions, device=actions_bk.device, dtype=actions_bk.dtype)
         return cls(two_stage, encoded, torch.cat((actions_bk, last), dim=1), num_actions, sampler)
 

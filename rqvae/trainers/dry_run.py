@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec, LabeledImageData
+from rqvae.models.connectors.statistics import channel_axis
 from rqvae.models.interfaces import MaskCondition, Stage1Encodings
+from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import Draw
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
 from rqvae.trainers.parts import float_type
@@ -49,14 +51,25 @@ def _stage2(run: Stage2Run) -> dict[str, Any]:
     draws = {**run.stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}
     batch = one_image(spec, draws, run, two_stage.latent_shape)
     latent = two_stage.stage1.encode(batch).zs
-    # not through connector.forward: its statistics are not known before the data are seen
+    assume_statistics(two_stage)
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=latent.dtype))
     output = stage2(encodings, batch)
     decoded = two_stage.stage1.decode(Stage1Encodings(latent)).xs_recon
     shapes = {"image": batch.require_img(), "latent": latent, "after connector": encodings.zs}
     shapes |= {"prediction": output.zs_pred, "decoded": decoded}
     parts = {"stage1": two_stage.stage1, "connector": two_stage.connector, "stage2": stage2}
+    if stage2.in_pixels:
+        shapes = {"image": shapes["image"], "noised": shapes.pop("after connector")} | shapes
     return _describe(run, shapes, parts, {"stage2": (stage2, lambda: stage2(encodings, batch))})
+
+
+def assume_statistics(two_stage: TwoStage) -> None:
+    """Let the connector compute before the data are seen, on any numbers, where it waits for their statistics."""
+    if two_stage.connector.needs_statistics():
+        shape = two_stage.stage1.latent_shape(two_stage.image_shape)
+        channels = shape[channel_axis(shape)]
+        with torch.device("cpu"):
+            two_stage.connector.set_statistics(torch.zeros(channels), torch.ones(channels))
 
 
 def one_image(
@@ -80,8 +93,8 @@ def _condition(spec: DataSpec, context_shape: tuple[int, ...], dtype: torch.dtyp
     if spec.num_classes:
         return ClassCondition(torch.zeros(1, dtype=torch.long), spec.num_classes)
     if spec.num_actions:
-        slots = torch.zeros(1, max(1, spec.history), dtype=torch.long)
-        context = torch.empty(1, spec.history, *context_shape, dtype=dtype) if spec.context else None
+        slots = torch.zeros(1, max(1, spec.history) + spec.rollout_steps - 1, dtype=torch.long)
+        context = torch.empty(*slots.shape, *context_shape, dtype=dtype) if spec.context else None
         return ActionCondition(context, slots, slots == 0, spec.num_actions)
     if spec.num_mask_classes:
         return MaskCondition(torch.zeros(1, *spec.image_shape[1:], dtype=torch.long), spec.num_mask_classes)

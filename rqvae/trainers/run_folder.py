@@ -29,6 +29,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PLACE_KEYS = {
     "data.workers",
     "data.dataset.init_args.root",
+    "data.dataset.init_args.vae",
     "data.latents",
     "train.parallel",
     "train.threads",

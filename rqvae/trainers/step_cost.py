@@ -21,7 +21,7 @@ from rqvae.models.interfaces import Stage1Encodings, Stage1ModelOutput
 from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.models.losses.lpips import LPIPSLoss
 from rqvae.run import AnyRun, GanSettings, Stage1Run, Stage2Run
-from rqvae.trainers.dry_run import forward_cost, one_image
+from rqvae.trainers.dry_run import assume_statistics, forward_cost, one_image
 from rqvae.trainers.parts import float_type
 from rqvae.trainers.stage2_trainer import make_two_stage
 
@@ -81,11 +81,14 @@ def _stage2(run: Stage2Run) -> tuple[Work, ...]:
     stage1, stage2, spec = two_stage.stage1, two_stage.stage2, run.data.make("train")[0].spec
     draws = {**stage1.draws(spec.image_shape), **stage2.draws(two_stage.latent_shape)}
     batch = one_image(spec, draws, run, two_stage.latent_shape)
-    # frames of history are encoded every time: a cache has the images' own latents
-    encoded = (0 if run.data.latents else 1) + (spec.history if spec.context else 0)
-    encode = encoded * _flops(stage1, lambda: stage1.encode(batch)) if encoded else 0.0
+    assume_statistics(two_stage)
+    encoded = 0 if run.data.cache else 1 + (spec.history + spec.rollout_steps - 1 if spec.context else 0)
+    encode = _flops(stage1, lambda: stage1.encode(batch)) if encoded else 0.0
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=float_type(run.train.precision)))
-    return (Work(encode), Work(3 * _flops(stage2, lambda: stage2(encodings, batch))))
+    forward = _flops(stage2, lambda: stage2(encodings, batch))
+    if stage2.in_pixels:  # no frame is encoded before, and the frozen encoder inside has no gradients of its own
+        return (Work(3 * forward - encode),)
+    return (Work(encoded * encode), Work(3 * forward))
 
 
 def _flops(module: nn.Module, forward: Callable[[], Any]) -> float:

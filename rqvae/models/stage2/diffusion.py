@@ -112,11 +112,9 @@ class LatentDiffusion(Stage2Model):
         Raises:
             BadInput: draws or a condition that are not there.
         """
-        x0 = encodings.zs.to(_at_least_fp32(encodings.zs))
+        x0 = encodings.zs.to(at_least_fp32(encodings.zs))
         noise, t_b = self._draw(inputs, "noise").to(x0), self._draw(inputs, "t").to(x0)
-        condition = self._condition(inputs)
-        if self.training and self._drops and condition is not None:
-            condition = condition.dropped(self._draw(inputs, "drop") < self.drop_condition)
+        condition = self._seen_condition(inputs)
         x_t = self.path.interpolate(noise, x0, t_b)
         target = self.path.target(self.prediction, noise, x0, t_b)
         prediction = self.backbone(x_t, t_b, condition)
@@ -170,11 +168,12 @@ class LatentDiffusion(Stage2Model):
         """
         if sampler is not None:
             self._check(sampler)
-        noise = noise.to(_at_least_fp32(noise))
+        noise = noise.to(at_least_fp32(noise))
+        condition = self._condition(inputs)
         zs, nfe = (sampler or self.sampler)(
-            self._predict,
+            self._predictor(condition),
             noise,
-            self._condition(inputs),
+            condition,
             KeyedNoise(noise),
             path=self.path,
             prediction=self.prediction,
@@ -204,6 +203,10 @@ class LatentDiffusion(Stage2Model):
 
         return Denoiser(guided, self.path, self.prediction)
 
+    def _predictor(self, condition: Condition | None) -> Predict:  # noqa: ARG002
+        """What a sampler asks while it makes one batch under this condition; work may be shared between its steps."""
+        return self._predict
+
     def _predict(self, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         """The network's answer (B, C, h, w) at one time `t` () for the whole batch."""
         return self.backbone(x, t.to(x).expand(len(x)), condition).to(x.dtype)
@@ -219,6 +222,13 @@ class LatentDiffusion(Stage2Model):
                 "condition: expected one (the model is conditional; condition.null() is the null one), got None"
             )
         return inputs.condition
+
+    def _seen_condition(self, inputs: LabeledImageData) -> Condition | None:
+        """The batch's condition; in training null for the samples whose `drop` says so."""
+        condition = self._condition(inputs)
+        if self.training and self._drops and condition is not None:
+            return condition.dropped(self._draw(inputs, "drop") < self.drop_condition)
+        return condition
 
     def _draw(self, inputs: LabeledImageData, name: str) -> Tensor:
         """The batch's random numbers of one name."""
@@ -250,6 +260,6 @@ def _checked_weights(weights: list[float] | None, classes: int) -> tuple[float, 
     return tuple(weights)
 
 
-def _at_least_fp32(x: Tensor) -> torch.dtype:
+def at_least_fp32(x: Tensor) -> torch.dtype:
     """fp32 for the bf16 latents of an autocast encoder, whose 8 bits are too few for times; else x's own."""
     return torch.promote_types(x.dtype, torch.float32)
