@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, load_world_model
 from rqvae.errors import BadInput
 
 
@@ -29,7 +29,6 @@ def run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(list(arguments))
 
     from rqvae import backends
-    from rqvae.api import load
     from rqvae.games.maze_chase import MazeChase
     from rqvae.play.server import PlayLimits, make_app
     from rqvae.play.session import World
@@ -40,14 +39,12 @@ def run(arguments: Sequence[str]) -> int:
     listener = _listen(options.host, options.port)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
-        pipeline = load(options.model)
-        if pipeline.two_stage is None or not pipeline.spec.context:
-            raise BadInput(f"{options.model}: expected a world model (frames of history as condition), got another run")
-        game = MazeChase(pipeline.spec.image_shape[1], options.ghosts)
-        two_stage = pipeline.two_stage.to(backend.device)
-        starts = starts_of_game(game, pipeline.spec.history)
-        numbers = model_numbers(pipeline.spec.names, game.action_names)
-        world = World(two_stage, pipeline.spec.num_actions, game.action_names, starts, game, numbers)
+        spec, two_stage = load_world_model(options.model)
+        game = MazeChase(spec.image_shape[1], options.ghosts)
+        two_stage.to(backend.device)
+        starts = starts_of_game(game, spec.history)
+        numbers = model_numbers(spec.names, game.action_names)
+        world = World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
