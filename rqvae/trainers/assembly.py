@@ -26,6 +26,7 @@ from rqvae.trainers import stage1_trainer, stage2_trainer
 from rqvae.trainers.cache_latents import open_cache
 from rqvae.trainers.choice import Choice, TrainRequest, choose, on_this_host
 from rqvae.trainers.clock import Clock
+from rqvae.trainers.dry_run import check_vis_sampler
 from rqvae.trainers.ema_snapshots import snapshots_of
 from rqvae.trainers.joint_start import check_shared, job_start
 from rqvae.trainers.logging import RunLog, setup_text_log
@@ -75,6 +76,7 @@ def check(run: AnyRun, world_size: int) -> None:
             two_stage = stage2_trainer.make_two_stage(run)
         check_generator(two_stage.stage2)
         check_blocks(two_stage.stage2, run.train)
+        check_vis_sampler(run, two_stage)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
         open_cache(run.data, run.stage1)
 
