@@ -191,8 +191,8 @@ async def _stream(
         since, due = due, max(due + 1 / fps, now)
         async with turn:
             tick = await asyncio.to_thread(player.session.tick)
-        spent = max(1e-6, time.monotonic() - since)
-        rate = 1 / spent if not rate else 0.9 * rate + 0.1 / max(spent, 1 / fps)
+        spent = max(time.monotonic() - since, 1 / fps)
+        rate = 1 / spent if not rate else 0.9 * rate + 0.1 / spent
         await socket.send_bytes(pack(tick, rate, len(player.session.recordings["dream"])))
 
 
