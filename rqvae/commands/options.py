@@ -116,7 +116,8 @@ def find_solver(name: str | None) -> Callable[..., Any] | None:
 
     if not name:
         return None
-    known = {solver.__name__: solver for solver in (solvers.euler, solvers.heun, solvers.dpm_solver_pp_2m)}
+    functions = (solvers.euler, solvers.heun, solvers.dpm_solver_pp_2m, solvers.renoise)
+    known = {solver.__name__: solver for solver in functions}
     classes = {kind.__name__: kind for kind in (solvers.DDIM, solvers.EulerMaruyama)}
     if name not in known and name not in classes:
         raise BadInput(f"--solver: expected one of {', '.join([*known, *classes])}, got {name}")
