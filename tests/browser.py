@@ -53,10 +53,8 @@ class Page:
 
     def wait(self, script: str, seconds: float = 60) -> Any:
         """The value of an expression once it is true; what is not there yet is not true."""
-        end, script = (
-            time.monotonic() + seconds,
-            f"(() => {{ try {{ return {script}; }} catch {{ return false; }} }})()",
-        )
+        end = time.monotonic() + seconds
+        script = f"(() => {{ try {{ return {script}; }} catch {{ return false; }} }})()"
         while not (value := self.run(script)):
             assert time.monotonic() < end, f"{script}: not true within {seconds} s; the page says: {self.text()}"
             time.sleep(0.05)

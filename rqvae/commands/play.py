@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rqvae.commands.options import Parser, load_world_model
 from rqvae.errors import BadInput
@@ -19,14 +21,24 @@ def parser() -> Parser:
     own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
     own.add_argument("--sessions", type=int, default=4, help="most players at once")
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument(
+        "--static", type=Path, metavar="OUT", help="write a folder that plays in a browser from any server of files"
+    )
+    own.add_argument(
+        "--onnxruntime-web", type=Path, metavar="FOLDER", help="that npm package, for --static; else in node_modules"
+    )
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C, or write it as a folder."""
     options = parser().parse_args(list(arguments))
+    if options.static is not None:
+        return _write_site(options)
+    if options.onnxruntime_web is not None:
+        raise BadInput("--onnxruntime-web: expected --static OUT beside it")
 
     from rqvae import backends
     from rqvae.games.maze_chase import MazeChase
@@ -49,6 +61,25 @@ def run(arguments: Sequence[str]) -> int:
     finally:
         backend.close()
         listener.close()
+    return 0
+
+
+def _write_site(options: argparse.Namespace) -> int:
+    """Write the folder that needs no server of ours."""
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.play.starts import numbered, starts_of_game
+    from rqvae.play.static_site import find_runtime, write_site
+    from rqvae.trainers.dream import model_numbers
+
+    runtime = find_runtime(options.onnxruntime_web)
+    spec, two_stage = load_world_model(options.model)
+    game = MazeChase(spec.image_shape[1], options.ghosts)
+    numbers = model_numbers(spec.names, game.action_names)
+    starts = numbered(starts_of_game(game, spec.history), numbers)
+    names = tuple(name for _, name in sorted(zip(numbers, game.action_names, strict=True)))
+    write_site(options.static, two_stage.eval(), spec, names=names, starts=starts, runtime=runtime)
+    sys.stdout.write(f"{options.static}: play it from any server of files, for example: ")
+    sys.stdout.write(f"{Path(sys.executable).name} -m http.server --directory {options.static}\n")
     return 0
 
 

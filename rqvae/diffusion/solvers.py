@@ -89,7 +89,8 @@ def renoise(denoise: Denoiser, x: Tensor, times: Tensor, noise: StepNoise | None
     """Predict x0, add fresh noise of the next level, and so on (Song et al. 2023, "Consistency Models", algorithm 1).
 
     For few steps: nothing of x is kept, so an error of one step is forgotten in the next. With many steps its marginals
-    are too narrow unless the network is a consistency model. A step to sigma = 0 is the prediction. One evaluation a step.
+    are too narrow unless the network is a consistency model. A step to sigma = 0 is the prediction. One evaluation
+    a step.
 
     Raises:
         BadInput: a step to sigma > 0 and no noise.

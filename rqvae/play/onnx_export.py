@@ -1,0 +1,130 @@
+"""A world model as ONNX: one evaluation of the network, and the decoder; with them any runtime can dream.
+
+A solver is not part of the graph. Euler and `renoise` are affine in what the network answers, so a step of either is
+three numbers, which `solver_table` writes down for times that are fixed: x <- a x + b prediction + c noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rqvae.diffusion.sampling import Sampler
+from rqvae.errors import BadInput
+from rqvae.models.interfaces import ActionCondition, DataSpec, Stage1Encodings
+from rqvae.models.stage2.diffusion import LatentDiffusion
+from rqvae.models.two_stage import TwoStage
+
+STEP_INPUTS = ("context", "actions", "mask", "x", "t")
+INSTALL = "pip install 'mae-dit[onnx]'"
+
+
+class Step(nn.Module):
+    """One evaluation of the network.
+
+    Args:
+        stage2: a diffusion model on frames and actions.
+        num_actions: of the game.
+    """
+
+    def __init__(self, stage2: LatentDiffusion, num_actions: int) -> None:
+        super().__init__()
+        self.backbone, self.num_actions = stage2.backbone, num_actions
+
+    def forward(
+        self, context_bkchw: Tensor, actions_bk: Tensor, mask_bk: Tensor, x_bchw: Tensor, t_b: Tensor
+    ) -> Tensor:
+        """The prediction (B, C, h, w) from latents of the context, actions (int64), mask (bool), noisy latent, time."""
+        condition = ActionCondition(context_bkchw, actions_bk, mask_bk, self.num_actions, encoded=True)
+        return self.backbone(x_bchw, t_b, condition)
+
+
+class Decoder(nn.Module):
+    """Frames (B, 3, H, W) in [0, 1] of Stage2's latents (B, C, h, w)."""
+
+    def __init__(self, two_stage: TwoStage) -> None:
+        super().__init__()
+        self.stage1, self.connector = two_stage.stage1, two_stage.connector
+
+    def forward(self, zs_bchw: Tensor) -> Tensor:
+        """See the class."""
+        decoded = self.stage1.decode(self.connector.reverse(Stage1Encodings(zs_bchw)))
+        return self.stage1.get_recon_imgs(decoded.xs_recon).clamp(0, 1)
+
+
+def export_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> None:
+    """Write `step.onnx` and `decode.onnx`, for batches of one, with their weights inside.
+
+    `step.onnx` takes `context` (1, K, C, h, w), `actions` (1, K) int64, `mask` (1, K) bool, `x` (1, C, h, w), `t` (1,)
+    and gives `prediction`; `decode.onnx` takes `zs` and gives `frame` (1, 3, H, W).
+
+    Args:
+        two_stage: a world model in eval mode, on the host.
+        spec: of its data.
+        folder: exists.
+
+    Raises:
+        BadInput: a model without a network that can be called so, or no exporter installed.
+    """
+    if not isinstance(two_stage.stage2, LatentDiffusion):
+        raise BadInput(f"onnx: expected a LatentDiffusion such as WorldModel, got {type(two_stage.stage2).__name__}")
+    shape, slots = two_stage.latent_shape, spec.history
+    actions, mask = torch.zeros(1, slots, dtype=torch.int64), torch.ones(1, slots, dtype=torch.bool)
+    inputs = (torch.zeros(1, slots, *shape), actions, mask, torch.zeros(1, *shape), torch.full((1,), 0.5))
+    step = Step(two_stage.stage2, spec.num_actions).eval()
+    _export(step, inputs, folder / "step.onnx", STEP_INPUTS, "prediction")
+    _export(Decoder(two_stage).eval(), (torch.zeros(1, *shape),), folder / "decode.onnx", ("zs",), "frame")
+
+
+def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: Sequence[str], output: str) -> None:
+    """Through `torch.export`: the older exporter has no RMS norm."""
+    try:
+        import onnxscript  # noqa: F401  (what the exporter writes with)
+    except ImportError as error:
+        raise BadInput(f"onnx: expected the packages of the extra [onnx], got {error}; {INSTALL}") from error
+    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
+    with torch.no_grad():
+        torch.onnx.export(module, inputs, path, input_names=list(names), output_names=[output], **options)
+
+
+def solver_table(stage2: LatentDiffusion, solver: str, sampler: Sampler, steps: int) -> list[list[float]]:
+    """Rows (t, a, b, c) of a solver's steps: x <- a x + b prediction + c noise, the prediction made at (x, t).
+
+    Args:
+        stage2: whose path and prediction these are.
+        solver: euler or renoise.
+        sampler: whose shift and start are kept.
+        steps: how many.
+
+    Raises:
+        BadInput: another solver, or guidance, which would need two evaluations.
+    """
+    if solver not in ("euler", "renoise"):
+        raise BadInput(f"solver: expected euler or renoise, whose steps are three numbers, got {solver}")
+    if sampler.guidance is not None:
+        raise BadInput(f"sampler.guidance: expected none for a model that runs elsewhere, got {sampler.guidance}")
+    times, path = replace(sampler, steps=steps).times(), stage2.path
+    wanted = "velocity" if solver == "euler" else "x0"
+    rows = []
+    for t, after in zip(times[:-1], times[1:], strict=True):
+        of_x, of_prediction = _conversion(stage2, t, wanted)
+        if solver == "euler":
+            dt = float(after - t)
+            rows.append([float(t), 1 + dt * of_x, dt * of_prediction, 0.0])
+        else:
+            alpha, sigma = float(path.alpha(after)), float(path.sigma(after))
+            rows.append([float(t), alpha * of_x, alpha * of_prediction, sigma])
+    return rows
+
+
+def _conversion(stage2: LatentDiffusion, t: Tensor, wanted: Any) -> tuple[float, float]:
+    """Weights of x and of the prediction, whose sum is what is wanted."""
+    if stage2.prediction == wanted:
+        return 0.0, 1.0
+    of_x, of_prediction = stage2.path.conversion(t, stage2.prediction, wanted)
+    return float(of_x), float(of_prediction)
