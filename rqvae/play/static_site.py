@@ -18,8 +18,9 @@ from rqvae.models.two_stage import TwoStage
 from rqvae.play.onnx_export import export_onnx, solver_table
 from rqvae.play.starts import Starts
 
-RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
-"""What the page needs of the npm package onnxruntime-web: its API for WebAssembly, and the WebAssembly."""
+RUNTIME = {"ort.wasm.bundle.min.mjs": "ort.js", "ort-wasm-simd-threaded.wasm": "ort.wasm"}
+"""What the page needs of the npm package onnxruntime-web, its API for WebAssembly and the WebAssembly, and the names that
+they get: not every server of files knows that .mjs is JavaScript."""
 
 STEPS = (1, 2, 4, 8)
 """Solver steps that the page offers, and the model's own."""
@@ -98,10 +99,10 @@ def write_site(
         "steps": own.steps,
     }
     write_whole(out / "world.json", json.dumps(facts))
-    for name in ("static.html", "dream.mjs"):
-        write_whole(out / name.replace("static", "index"), files("rqvae.play").joinpath(name).read_bytes())
-    for name in RUNTIME:
-        shutil.copyfile(runtime / name, out / name)
+    for name, here in {"static.html": "index.html", "dream.js": "dream.js"}.items():
+        write_whole(out / here, files("rqvae.play").joinpath(name).read_bytes())
+    for name, here in RUNTIME.items():
+        shutil.copyfile(runtime / name, out / here)
 
 
 @torch.no_grad()
