@@ -130,6 +130,27 @@ def test_the_dream_runs_without_the_game() -> None:
     assert np.array_equal(one.dream, two.dream)
 
 
+@pytest.mark.slow
+def test_the_network_is_one_graph_for_any_number_of_steps() -> None:
+    """What `play --compile` relies on: the same frames, and nothing is compiled once more while one plays."""
+    from torch._dynamo.utils import counters
+
+    from rqvae.backends.compiling import compile_in_place
+
+    eager, compiled = Session(make_world()), Session(make_world())
+    compile_in_place(compiled.world.two_stage.stage2.backbone, "eager")
+    compiled.tick()
+    compiled.reset(0)
+    graphs = counters["stats"]["unique_graphs"]
+    for steps, key in ((4, 2), (1, 3), (8, 0)):
+        for session in (eager, compiled):
+            session.set_steps(steps)
+            session.press(key)
+        assert np.array_equal(eager.tick().dream, compiled.tick().dream)
+    assert graphs >= 1
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_png_is_lossless_and_the_gif_has_every_frame() -> None:
     session = Session(make_world())
     for _ in range(4):

@@ -7,9 +7,14 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rqvae.commands.options import Parser, load_world_model
 from rqvae.errors import BadInput
+
+if TYPE_CHECKING:
+    from rqvae.backends import Backend
+    from rqvae.play.session import World
 
 
 def parser() -> Parser:
@@ -28,6 +33,7 @@ def parser() -> Parser:
         "--onnxruntime-web", type=Path, metavar="FOLDER", help="that npm package, for --static; else in node_modules"
     )
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--compile", action="store_true", help="compile the network first: a minute for more frames/s")
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 
@@ -57,11 +63,26 @@ def run(arguments: Sequence[str]) -> int:
         starts = starts_of_game(game, spec.history)
         numbers = model_numbers(spec.names, game.action_names)
         world = World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
+        if options.compile:
+            _compile(world, backend)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
         listener.close()
     return 0
+
+
+def _compile(world: World, backend: Backend) -> None:
+    """Compile the network and make the first frame, before anybody plays."""
+    from rqvae.models.stage2.diffusion import LatentDiffusion
+    from rqvae.play.session import Session
+
+    if not isinstance(world.two_stage.stage2, LatentDiffusion):
+        raise BadInput(f"--compile: expected a LatentDiffusion, got {type(world.two_stage.stage2).__name__}")
+    sys.stdout.write("compiling\n")
+    sys.stdout.flush()
+    backend.compile(world.two_stage.stage2.backbone)
+    Session(world).tick()
 
 
 def _write_site(options: argparse.Namespace) -> int:

@@ -19,8 +19,8 @@ from rqvae.play.onnx_export import export_onnx, solver_table
 from rqvae.play.starts import Starts
 
 RUNTIME = {"ort.wasm.bundle.min.mjs": "ort.js", "ort-wasm-simd-threaded.wasm": "ort.wasm"}
-"""What the page needs of the npm package onnxruntime-web, its API for WebAssembly and the WebAssembly, and the names that
-they get: not every server of files knows that .mjs is JavaScript."""
+"""What the page needs of the npm package onnxruntime-web, its API for WebAssembly and the WebAssembly, and the names
+that they get: not every server of files knows that .mjs is JavaScript."""
 
 STEPS = (1, 2, 4, 8)
 """Solver steps that the page offers, and the model's own."""
