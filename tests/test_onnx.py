@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import threading
@@ -17,7 +18,7 @@ import torch
 
 from rqvae.diffusion import VP, ClassifierFree, LinearFlow, euler, renoise
 from rqvae.diffusion.noise import KeyedNoise
-from rqvae.errors import BadInput
+from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.interfaces import ActionCondition, DataSpec, LabeledImageData
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.interfaces import base_connector
@@ -25,7 +26,7 @@ from rqvae.models.stage1.pixel import PixelStage1
 from rqvae.models.stage2.linear_dit import LinearDiT
 from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
-from rqvae.play.onnx_export import STEP_INPUTS, Decoder, Step, export_onnx, solver_table
+from rqvae.play.onnx_export import STEP_INPUTS, Decoder, Step, check_onnx, export_onnx, solver_table
 from rqvae.play.starts import Start
 from rqvae.play.static_site import RUNTIME, find_runtime, write_site
 from tests.browser import Page, chromium
@@ -130,6 +131,25 @@ def test_onnx_answers_as_torch(tmp_path: Path) -> None:
     decode = runtime.InferenceSession(tmp_path / "decode.onnx", providers=["CPUExecutionProvider"])
     (frame,) = decode.run(["frame"], {"zs": x.numpy()})
     np.testing.assert_allclose(frame, Decoder(two_stage)(x).numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_check_finds_a_file_of_another_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [onnx]")
+    pytest.importorskip("onnxruntime", reason="the extra [onnx]")
+    two_stage = make_two_stage()
+    export_onnx(two_stage, SPEC, tmp_path)
+    assert check_onnx(two_stage, SPEC, tmp_path) < 1e-4
+    with torch.no_grad():
+        two_stage.stage2.backbone.network.final.bias[5] += 0.01
+    with pytest.raises(RunFailed, match="expected the numbers of torch within 0.0001"):
+        check_onnx(two_stage, SPEC, tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="the extra [onnx] is installed")
+def test_a_missing_extra_is_said_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"expected the packages of the extra \[onnx\].*pip install 'mae-dit\[onnx\]'"):
+        export_onnx(make_two_stage(), SPEC, tmp_path)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

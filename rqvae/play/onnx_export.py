@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.diffusion.sampling import Sampler
-from rqvae.errors import BadInput
+from rqvae.errors import BadInput, RunFailed
 from rqvae.models.interfaces import ActionCondition, DataSpec, Stage1Encodings
 from rqvae.models.stage2.diffusion import LatentDiffusion
 from rqvae.models.two_stage import TwoStage
+from rqvae.randomness import generator, normal
 
+FILES = ("step.onnx", "decode.onnx")
+TOLERANCE = 1e-4
 STEP_INPUTS = ("context", "actions", "mask", "x", "t")
 INSTALL = "pip install 'mae-dit[onnx]'"
 
@@ -77,8 +80,46 @@ def export_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> None:
     actions, mask = torch.zeros(1, slots, dtype=torch.int64), torch.ones(1, slots, dtype=torch.bool)
     inputs = (torch.zeros(1, slots, *shape), actions, mask, torch.zeros(1, *shape), torch.full((1,), 0.5))
     step = Step(two_stage.stage2, spec.num_actions).eval()
-    _export(step, inputs, folder / "step.onnx", STEP_INPUTS, "prediction")
-    _export(Decoder(two_stage).eval(), (torch.zeros(1, *shape),), folder / "decode.onnx", ("zs",), "frame")
+    _export(step, inputs, folder / FILES[0], STEP_INPUTS, "prediction")
+    _export(Decoder(two_stage).eval(), (torch.zeros(1, *shape),), folder / FILES[1], ("zs",), "frame")
+
+
+def check_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> float:
+    """Run both files by onnxruntime on the CPU beside torch, on random latents and frames.
+
+    Returns:
+        The largest difference of any number, over three times and of the frame.
+
+    Raises:
+        BadInput: onnxruntime is not installed.
+        RunFailed: a difference above 1e-4: the files are not the model.
+    """
+    try:
+        from onnxruntime import InferenceSession
+    except ImportError as error:
+        raise BadInput(f"onnx: expected the packages of the extra [onnx], got {error}; {INSTALL}") from error
+    assert isinstance(two_stage.stage2, LatentDiffusion), "as export_onnx has found"
+    shape, numbers = two_stage.latent_shape, generator("onnx")
+    step = Step(two_stage.stage2, spec.num_actions).eval()
+    sessions = [InferenceSession(folder / name, providers=["CPUExecutionProvider"]) for name in FILES]
+    worst = 0.0
+    for t in (1.0, 0.5, 0.02):
+        context = normal((1, spec.history, *shape), generator=numbers)
+        actions = torch.randint(spec.num_actions + 1, (1, spec.history), generator=numbers)
+        mask, x = torch.ones_like(actions, dtype=torch.bool), normal((1, *shape), generator=numbers)
+        mask[:, 0] = t < 1
+        inputs = (context, actions, mask, x, torch.full((1,), t))
+        with torch.no_grad():
+            pairs = ((step, inputs, STEP_INPUTS), (Decoder(two_stage), (x,), ("zs",)))
+            for session, (module, given, names) in zip(sessions, pairs, strict=True):
+                feeds = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+                found = torch.from_numpy(session.run(None, feeds)[0])
+                worst = max(worst, float((found - module(*given)).abs().max()))
+    if not worst <= TOLERANCE:
+        raise RunFailed(
+            f"{folder}: expected the numbers of torch within {TOLERANCE:g}, onnxruntime's differ by {worst:g}"
+        )
+    return worst
 
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: Sequence[str], output: str) -> None:

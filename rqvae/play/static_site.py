@@ -15,7 +15,7 @@ from rqvae.files import write_whole
 from rqvae.models.interfaces import DataSpec, LabeledImageData
 from rqvae.models.stage2.diffusion import LatentDiffusion
 from rqvae.models.two_stage import TwoStage
-from rqvae.play.onnx_export import export_onnx, solver_table
+from rqvae.play.onnx_export import check_onnx, export_onnx, solver_table
 from rqvae.play.starts import Starts
 
 RUNTIME = {"ort.wasm.bundle.min.mjs": "ort.js", "ort-wasm-simd-threaded.wasm": "ort.wasm"}
@@ -73,6 +73,7 @@ def write_site(
 
     Raises:
         BadInput: a folder with files in it, a sampler with guidance, or no exporter installed.
+        RunFailed: the files do not answer as the model does.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise BadInput(f"--static {out}: expected a new or empty folder, got one with files in it")
@@ -86,6 +87,7 @@ def write_site(
     }
     out.mkdir(parents=True, exist_ok=True)
     export_onnx(two_stage, spec, out)
+    check_onnx(two_stage, spec, out)
     latents, actions, frames = _encoded(two_stage, starts, count)
     write_whole(out / "starts.bin", latents.astype("<f4").tobytes())
     write_whole(out / "frames.bin", frames.tobytes())
