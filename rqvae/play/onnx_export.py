@@ -52,12 +52,11 @@ class Decoder(nn.Module):
 
     def __init__(self, two_stage: TwoStage) -> None:
         super().__init__()
-        self.stage1, self.connector = two_stage.stage1, two_stage.connector
+        self.two_stage = two_stage
 
     def forward(self, zs_bchw: Tensor) -> Tensor:
         """See the class."""
-        decoded = self.stage1.decode(self.connector.reverse(Stage1Encodings(zs_bchw)))
-        return self.stage1.get_recon_imgs(decoded.xs_recon).clamp(0, 1)
+        return self.two_stage.decode(Stage1Encodings(zs_bchw)).clamp(0, 1)
 
 
 def export_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> None:

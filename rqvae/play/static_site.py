@@ -12,11 +12,12 @@ import torch
 
 from rqvae.errors import BadInput
 from rqvae.files import write_whole
-from rqvae.models.interfaces import DataSpec, LabeledImageData
+from rqvae.models.interfaces import DataSpec
 from rqvae.models.stage2.diffusion import LatentDiffusion
 from rqvae.models.two_stage import TwoStage
 from rqvae.play.onnx_export import check_onnx, export_onnx, solver_table
 from rqvae.play.starts import Starts
+from rqvae.trainers.dream import Dream
 
 RUNTIME = {"ort.wasm.bundle.min.mjs": "ort.js", "ort-wasm-simd-threaded.wasm": "ort.wasm"}
 """What the page needs of the npm package onnxruntime-web, its API for WebAssembly and the WebAssembly, and the names
@@ -88,7 +89,7 @@ def write_site(
     out.mkdir(parents=True, exist_ok=True)
     export_onnx(two_stage, spec, out)
     check_onnx(two_stage, spec, out)
-    latents, actions, frames = _encoded(two_stage, starts, count)
+    latents, actions, frames = _encoded(two_stage, spec.num_actions, starts, count)
     write_whole(out / "starts.bin", latents.astype("<f4").tobytes())
     write_whole(out / "frames.bin", frames.tobytes())
     facts = {
@@ -107,13 +108,15 @@ def write_site(
         shutil.copyfile(runtime / name, out / here)
 
 
-@torch.no_grad()
-def _encoded(two_stage: TwoStage, starts: Starts, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encoded(
+    two_stage: TwoStage, num_actions: int, starts: Starts, count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Latents (N, K, C, h, w), the actions (N, K - 1) between them, and last frames (N, H, W, 3) uint8 of N starts."""
     found = [starts(seed) for seed in range(count)]
     latents = []
     for start in found:
         frames = torch.from_numpy(start.frames).permute(0, 3, 1, 2).float() / 255
-        latents.append(two_stage.connector(two_stage.stage1.encode(LabeledImageData(img=frames))).zs.numpy())
+        dream = Dream.begin(two_stage, frames[None], torch.from_numpy(start.actions)[None], num_actions)
+        latents.append(dream.context_bkchw[0].numpy())
     last = np.stack([start.frames[-1] for start in found])
     return np.stack(latents), np.stack([start.actions for start in found]), last

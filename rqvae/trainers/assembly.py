@@ -26,7 +26,6 @@ from rqvae.trainers import stage1_trainer, stage2_trainer
 from rqvae.trainers.cache_latents import open_cache
 from rqvae.trainers.choice import Choice, TrainRequest, choose, on_this_host
 from rqvae.trainers.clock import Clock
-from rqvae.trainers.dry_run import check_vis_sampler
 from rqvae.trainers.ema_snapshots import snapshots_of
 from rqvae.trainers.joint_start import check_shared, job_start
 from rqvae.trainers.logging import RunLog, setup_text_log
@@ -44,6 +43,7 @@ from rqvae.trainers.run_folder import (
     note_wandb_id,
     write_new,
 )
+from rqvae.trainers.sampler_check import check_vis_sampler
 from rqvae.trainers.session import Session
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer

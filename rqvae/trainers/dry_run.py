@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec, LabeledImageData
 from rqvae.models.interfaces import MaskCondition, Stage1Encodings
-from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import Draw
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
 from rqvae.trainers.parts import float_type
@@ -59,24 +57,6 @@ def _stage2(run: Stage2Run) -> dict[str, Any]:
     shapes |= {"prediction": output.zs_pred, "decoded": decoded}
     parts = {"stage1": two_stage.stage1, "connector": two_stage.connector, "stage2": stage2}
     return _describe(run, shapes, parts, {"stage2": (stage2, lambda: stage2(encodings, batch))})
-
-
-def check_vis_sampler(run: Stage2Run, two_stage: TwoStage) -> None:
-    """That the model on `meta` can be sampled as `pictures.vis_sampler` says; found out here, not at the first picture.
-
-    Raises:
-        BadInput: a sampler that its prediction or its training does not allow.
-    """
-    if (sampler := run.pictures.vis_sampler) is None:
-        return
-
-    def no_step(denoise: object, x: Tensor, times: Tensor, noise: object) -> tuple[Tensor, int]:  # noqa: ARG001
-        return x, 0
-
-    with torch.device("meta"):
-        batch = one_image(run.data.make("train")[0].spec, {}, run, two_stage.latent_shape)
-        noise = torch.empty(1, *two_stage.latent_shape)
-        two_stage.stage2.infer(batch, noise=noise, sampler=replace(sampler, solver=no_step))
 
 
 def one_image(
