@@ -26,7 +26,7 @@ from rqvae.models.stage1.pixel import PixelStage1
 from rqvae.models.stage2.linear_dit import LinearDiT
 from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
-from rqvae.play.onnx_export import STEP_INPUTS, Decoder, Step, check_onnx, export_onnx, solver_table
+from rqvae.play.onnx_export import STEP_INPUTS, Decoder, Step, _export, check_onnx, export_onnx, solver_table
 from rqvae.play.starts import Start
 from rqvae.play.static_site import RUNTIME, find_runtime, write_site
 from tests.browser import Page, chromium
@@ -144,6 +144,19 @@ def test_the_check_finds_a_file_of_another_model(tmp_path: Path) -> None:
         two_stage.stage2.backbone.network.final.bias[-5] += 0.01
     with pytest.raises(RunFailed, match="expected the numbers of torch within 0.0001"):
         check_onnx(two_stage, SPEC, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_onnx_cannot_say_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the extra [onnx]")
+
+    class Volumes(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    words = r"^onnx: a.onnx: expected operations that torch.onnx can write, got: only 4D [^\n]*$"
+    with pytest.raises(BadInput, match=words):
+        _export(Volumes(), (torch.zeros(1, 2, 3, 4, 5),), tmp_path / "a.onnx", ("x",), "y")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is not None, reason="the extra [onnx] is installed")

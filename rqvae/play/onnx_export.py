@@ -71,7 +71,7 @@ def export_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> None:
         folder: exists.
 
     Raises:
-        BadInput: a model without a network that can be called so, or no exporter installed.
+        BadInput: a model without a network that can be called so, or with an operation that ONNX has not; no exporter.
     """
     if not isinstance(two_stage.stage2, LatentDiffusion):
         raise BadInput(f"onnx: expected a LatentDiffusion such as WorldModel, got {type(two_stage.stage2).__name__}")
@@ -127,8 +127,15 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path, names: Se
     except ImportError as error:
         raise BadInput(f"onnx: expected the packages of the extra [onnx], got {error}; {INSTALL}") from error
     options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False}
-    with torch.no_grad():
-        torch.onnx.export(module, inputs, path, input_names=list(names), output_names=[output], **options)
+    try:
+        with torch.no_grad():
+            torch.onnx.export(module, inputs, path, input_names=list(names), output_names=[output], **options)
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = str(cause).strip().partition("\n")[0]
+        raise BadInput(f"onnx: {path.name}: expected operations that torch.onnx can write, got: {reason}") from error
 
 
 def solver_table(stage2: LatentDiffusion, solver: str, sampler: Sampler, steps: int) -> list[list[float]]:
