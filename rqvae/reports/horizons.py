@@ -40,11 +40,12 @@ def draw_horizons(horizons: Sequence[int], panels: Mapping[str, Mapping[str, Lin
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        rows = -(-len(panels) // COLUMNS)
+        columns = len(panels) if len(panels) <= 5 else 3
+        rows = -(-len(panels) // columns)
         height = rows * PANEL_INCHES[1] + 0.32
         figure = Figure(figsize=(COLUMNS * PANEL_INCHES[0], height), layout="constrained", facecolor="none")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.08, rect=(0, 0, 1, 1 - 0.32 / height))  # type: ignore[union-attr, call-arg]
-        axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten().tolist()
+        axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
         for panel, (title, lines) in zip(axes, panels.items(), strict=False):
             _draw(panel, title, horizons, {name: (names.index(name), line) for name, line in lines.items()})
         for panel in axes[len(panels) :]:

@@ -27,8 +27,9 @@ HEADER = ["score", "model", "95 % from", "to", "copy last", "mean frame", "game 
 NOTE = (
     "Means over evaluation seeds, with the 95 % interval of the mean (Student's t over the seeds). Beside the model: "
     "the last real frame kept, the mean frame of the game, and the real game from the same state under the same "
-    "actions with other random numbers of its ghosts, which is what a perfect simulator would score. A model that "
-    "answers with the mean of all futures has a better PSNR than it, so read PSNR with what is still on screen."
+    "actions with other random numbers of its ghosts, which is what a perfect simulator would score (games that are "
+    "over by then do not count). A model that answers with the mean of all futures can have a better PSNR than it, so "
+    "read PSNR with what is still on screen."
 )
 
 
@@ -75,11 +76,14 @@ def write_rollout_page(
     page.table(HEADER, _rows(scores), NOTE)
     page.heading("Over the horizon")
     page.drawing(_curves(scores), "Scores of the frame so many steps ahead; shaded: 95 % interval over the seeds.")
+    intervals = scores["interval"]["rollout"]
+    rows = [r for h, row in scores["rollout"].items() for r in _frame_rows(f"h = {h}", row, intervals[h], "copy_first")]
+    page.table(HEADER, rows, "The same scores as numbers.")
     page.heading("Frames")
     _add_grids(page, pictures)
     page.heading("How it was evaluated")
-    rows: list[list[Cell]] = [[key, _cell(value)] for key, value in {**facts, **protocol}.items()]
-    page.table(["", "value"], rows, "The windows are fixed by the seeds; their sha256 names them.")
+    told: list[list[Cell]] = [[key, _cell(value)] for key, value in {**facts, **protocol}.items()]
+    page.table(["", "value"], told, "The windows are fixed by the seeds; their sha256 names them.")
     return page.write(path)
 
 
@@ -95,26 +99,29 @@ def _tiles(scores: Mapping[str, Any]) -> list[Tile]:
     return tiles
 
 
+def _frame_rows(when: str, row: Mapping[str, Any], interval: Mapping[str, Any], copied: str) -> list[list[Cell]]:
+    """The scores of frames, each beside its baselines'."""
+    rows: list[list[Cell]] = []
+    for key, name in SCORES.items():
+        if key in row:
+            others = [row[_key(base, key)] for base in (copied, "mean_frame", "rerun")]
+            rows.append([f"{when}: {name}", row[key], *_ends(interval[key]), *others])
+    return rows
+
+
 def _rows(scores: Mapping[str, Any]) -> list[list[Cell]]:
-    rows = []
-    blocks = [("one step", scores["one_step"], scores["interval"]["one_step"], "copy_last")]
-    for h, row in scores["rollout"].items():
-        blocks.append((f"h = {h}", row, scores["interval"]["rollout"][h], "copy_first"))
-    for when, row, interval, copied in blocks:
-        for key, name in SCORES.items():
-            if key in row:
-                others = [row.get(_key(base, key)) for base in (copied, "mean_frame", "rerun")]
-                rows.append([f"{when}: {name}", row[key], *_ends(interval[key]), *others])
+    """One step, control, what is still there, and distributions."""
+    rows = _frame_rows("one step", scores["one_step"], scores["interval"]["one_step"], "copy_last")
     for key, name in CONTROL.items():
         rows.append([name, scores[key], *_ends(scores["interval"][key]), None, None, None])
     for key, name in PERSISTENCE.items():
         for h, share in scores[key].items():
             ends, again = _ends(scores["interval"][key][h]), scores[f"{key}_rerun"][h]
             rows.append([f"h = {h}: {name}", share, *ends, None, None, again])
-    for key, value in scores.get("frechet", {}).items():
-        if f"{key}_rerun" in scores["frechet"]:
-            others = [scores["frechet"][f"{key}_copy_first"], None, scores["frechet"][f"{key}_rerun"]]
-            rows.append([f"Fréchet distance, {key}", value, *_ends(scores["interval"]["frechet"][key]), *others])
+    distances = scores.get("frechet", {})
+    for key in (key for key in distances if f"{key}_rerun" in distances):
+        others = [distances[f"{key}_copy_first"], None, distances[f"{key}_rerun"]]
+        rows.append([f"Fréchet distance, {key}", distances[key], *_ends(scores["interval"]["frechet"][key]), *others])
     error: list[Cell] = ["error of the detector on real frames", scores["detector_error"]]
     return [*rows, [*error, None, None, None, None, None]]
 
