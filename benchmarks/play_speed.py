@@ -1,4 +1,4 @@
-"""Frames a second of `play` at batch 1 on one CPU thread: solver, steps, eager and compiled, in turn.
+"""Frames a second of `play` at batch 1 on one CPU thread: solver, steps, eager, compiled, by onnxruntime, in turn.
 
 A tick is what the server does for a frame: noise, solver, decoder, the real game beside it; encoding of the PNG and the
 socket are not in it. The model is that of configs/maze_chase/world_model.yaml with random weights, or `--model`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import os
 import time
 from dataclasses import replace
@@ -23,7 +24,9 @@ from rqvae.commands.options import load_world_model
 from rqvae.configuration import read
 from rqvae.diffusion import euler, renoise
 from rqvae.games.maze_chase import MazeChase
+from rqvae.models.interfaces import DataSpec
 from rqvae.models.two_stage import TwoStage
+from rqvae.play.onnx_runtime import use_onnx
 from rqvae.play.session import Session, World
 from rqvae.play.starts import starts_of_game
 from rqvae.trainers.stage2_trainer import make_two_stage
@@ -82,10 +85,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     eager = load_world_model(options.model)[1] if options.model else untrained()
-    arms = {"eager": eager}
+    arms: dict[str, Any] = {"eager": eager}
     if not options.eager:
         arms["compiled"] = copy.deepcopy(eager)
         backends.create("cpu").compile(arms["compiled"].stage2.backbone)
+    if importlib.util.find_spec("onnxscript") and importlib.util.find_spec("onnxruntime"):
+        arms["onnx"] = copy.deepcopy(eager)
+        shape, stage2 = eager.image_shape, eager.stage2
+        names = MazeChase.action_names
+        spec = DataSpec(shape, num_actions=len(names), history=stage2.history, context=True, names=names)
+        use_onnx(arms["onnx"], spec, threads=1)
     sessions = {
         f"{solver.__name__}, {steps} steps, {kind}": session_of(two_stage, solver, steps)
         for kind, two_stage in arms.items()

@@ -27,6 +27,8 @@ from rqvae.models.stage2.linear_dit import LinearDiT
 from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
 from rqvae.play.onnx_export import STEP_INPUTS, Decoder, Step, _export, check_onnx, export_onnx, solver_table
+from rqvae.play.onnx_runtime import OnnxNetwork, use_onnx
+from rqvae.play.session import Session, World
 from rqvae.play.starts import Start
 from rqvae.play.static_site import RUNTIME, find_runtime, write_site
 from tests.browser import Page, chromium
@@ -144,6 +146,23 @@ def test_the_check_finds_a_file_of_another_model(tmp_path: Path) -> None:
         two_stage.stage2.backbone.network.final.bias[-5] += 0.01
     with pytest.raises(RunFailed, match="expected the numbers of torch within 0.0001"):
         check_onnx(two_stage, SPEC, tmp_path)
+
+
+@pytest.mark.slow
+def test_play_by_onnxruntime_shows_the_frames_of_torch() -> None:
+    pytest.importorskip("onnxscript", reason="the extra [onnx]")
+    pytest.importorskip("onnxruntime", reason="the extra [onnx]")
+    worlds = [World(make_two_stage(), 5, NAMES, a_start) for _ in range(2)]
+    use_onnx(worlds[1].two_stage, SPEC, threads=1)
+    assert isinstance(worlds[1].two_stage.stage2.backbone, OnnxNetwork)
+    sessions = [Session(world, seed=1) for world in worlds]
+    for key in (2, 4, 0):
+        for session in sessions:
+            session.press(key)
+        one, two = (session.tick().dream.astype(int) for session in sessions)
+        assert np.abs(one - two).max() <= 1
+    with pytest.raises(BadInput, match="onnx: expected one frame"):
+        worlds[1].two_stage.stage2.backbone(torch.zeros(2, 48, 8, 8), torch.zeros(2), a_condition())
 
 
 @pytest.mark.slow

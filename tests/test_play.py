@@ -132,7 +132,7 @@ def test_the_dream_runs_without_the_game() -> None:
 
 @pytest.mark.slow
 def test_the_network_is_one_graph_for_any_number_of_steps() -> None:
-    """What `play --compile` relies on: the same frames, and nothing is compiled once more while one plays."""
+    """What `play --runtime compiled` relies on: the same frames, and nothing is compiled once more while one plays."""
     from torch._dynamo.utils import counters
 
     from rqvae.backends.compiling import compile_in_place

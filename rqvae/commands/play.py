@@ -14,7 +14,11 @@ from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
     from rqvae.backends import Backend
+    from rqvae.models.interfaces import DataSpec
     from rqvae.play.session import World
+
+
+RUNTIMES = "who computes the network: compiled takes a minute first, onnx some seconds and the extra [onnx] (CPU only)"
 
 
 def parser() -> Parser:
@@ -33,7 +37,7 @@ def parser() -> Parser:
         "--onnxruntime-web", type=Path, metavar="FOLDER", help="that npm package, for --static; else in node_modules"
     )
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--compile", action="store_true", help="compile the network first: a minute for more frames/s")
+    own.add_argument("--runtime", choices=("torch", "compiled", "onnx"), default="torch", help=RUNTIMES)
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 
@@ -63,8 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         starts = starts_of_game(game, spec.history)
         numbers = model_numbers(spec.names, game.action_names)
         world = World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
-        if options.compile:
-            _compile(world, backend)
+        _prepare(options, world, spec, backend)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
@@ -72,16 +75,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _compile(world: World, backend: Backend) -> None:
-    """Compile the network and make the first frame, before anybody plays."""
+def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend: Backend) -> None:
+    """What --runtime asks for, and the first frame, before anybody plays."""
     from rqvae.models.stage2.diffusion import LatentDiffusion
+    from rqvae.play.onnx_runtime import use_onnx
     from rqvae.play.session import Session
 
+    if options.runtime == "torch":
+        return
     if not isinstance(world.two_stage.stage2, LatentDiffusion):
-        raise BadInput(f"--compile: expected a LatentDiffusion, got {type(world.two_stage.stage2).__name__}")
-    sys.stdout.write("compiling\n")
-    sys.stdout.flush()
-    backend.compile(world.two_stage.stage2.backbone)
+        raise BadInput(f"--runtime: expected torch for {type(world.two_stage.stage2).__name__}, got {options.runtime}")
+    if options.runtime == "onnx":
+        use_onnx(world.two_stage.cpu(), spec, options.threads)
+    else:
+        backend.compile(world.two_stage.stage2.backbone)
     Session(world).tick()
 
 

@@ -139,7 +139,7 @@ def _table(scores: dict[str, Any]) -> Table:
             again = _number(scores[f"{name}_rerun"][h], 3)
             table.add_row(f"{name.replace('_', ' ')}, h = {h}", f"{share:.3f}", "", "", again)
     for name, distance in scores.get("frechet", {}).items():
-        table.add_row(name, _number(distance))
+        table.add_row(name, _number(distance, 4))
     table.add_row("error of the detector on real frames", f"{scores['detector_error']:.4f}")
     return table
 

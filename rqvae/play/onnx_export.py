@@ -83,6 +83,21 @@ def export_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> None:
     _export(Decoder(two_stage).eval(), (torch.zeros(1, *shape),), folder / FILES[1], ("zs",), "frame")
 
 
+def open_session(file: Path, threads: int = 1) -> Any:
+    """onnxruntime on the CPU with a file that was written here.
+
+    Raises:
+        BadInput: onnxruntime is not installed.
+    """
+    try:
+        from onnxruntime import InferenceSession, SessionOptions
+    except ImportError as error:
+        raise BadInput(f"onnx: expected the packages of the extra [onnx], got {error}; {INSTALL}") from error
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    return InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
 def check_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> float:
     """Run both files by onnxruntime on the CPU beside torch, on random latents and frames.
 
@@ -93,14 +108,10 @@ def check_onnx(two_stage: TwoStage, spec: DataSpec, folder: Path) -> float:
         BadInput: onnxruntime is not installed.
         RunFailed: a difference above 1e-4: the files are not the model.
     """
-    try:
-        from onnxruntime import InferenceSession
-    except ImportError as error:
-        raise BadInput(f"onnx: expected the packages of the extra [onnx], got {error}; {INSTALL}") from error
     assert isinstance(two_stage.stage2, LatentDiffusion), "as export_onnx has found"
     shape, numbers = two_stage.latent_shape, generator("onnx")
     step = Step(two_stage.stage2, spec.num_actions).eval()
-    sessions = [InferenceSession(folder / name, providers=["CPUExecutionProvider"]) for name in FILES]
+    sessions = [open_session(folder / name) for name in FILES]
     differences = []
     for t in (1.0, 0.5, 0.02):
         context = normal((1, spec.history, *shape), generator=numbers)
