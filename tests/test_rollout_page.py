@@ -74,6 +74,12 @@ def test_frame_scores_are_those_of_skimage() -> None:
     assert result.keys() == {"copy_last", "copy_last_moving", "copy_last_ssim"}
     assert result["copy_last_ssim"] == pytest.approx(np.mean(crop), abs=1e-9)
     assert sums.result().keys() == {"psnr", "psnr_moving", "ssim"}
+    distances = FrameScores(lambda a, b: (a - b).abs().mean((1, 2, 3)))  # type: ignore[arg-type]  # in place of LPIPS
+    distances.update(guess[:1], target[:1], before[:1])
+    distances.update(guess[1:], target[1:], before[1:])
+    expected = np.abs(guess.astype(float) - target).mean() / 255
+    assert distances.result("rerun")["rerun_lpips"] == pytest.approx(expected, abs=1e-9)
+    assert distances.result()["lpips"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_intervals_are_those_of_scipy() -> None:
