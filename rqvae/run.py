@@ -22,6 +22,7 @@ from rqvae.trainers.settings import (
     LogSettings,
     OnlineEvalSettings,
     PictureSettings,
+    SampleSettings,
     TrainSettings,
 )
 from rqvae.trainers.updates import UpdateSettings
@@ -210,7 +211,7 @@ class Stage2Run:
         ema: running averages of the generator.
         checkpoint: when checkpoints are written.
         logging: mirrors of the log.
-        pictures: grids of samples.
+        pictures: grids of samples; of a world model also films.
         online_eval: scores of generated images while training; off until asked for.
         profile: START:STOP records these steps (0 is the first, STOP is not included) under RUN/profile/: trace,
             operators, memory (in a file in quotes: YAML reads 5:8 as a number); null does not.
@@ -230,7 +231,7 @@ class Stage2Run:
     ema: EmaSettings = field(default_factory=EmaSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     logging: LogSettings = field(default_factory=LogSettings)
-    pictures: PictureSettings = field(default_factory=PictureSettings)
+    pictures: SampleSettings = field(default_factory=SampleSettings)
     online_eval: OnlineEvalSettings = field(default_factory=lambda: OnlineEvalSettings(every=None, metrics=["gfid"]))
     profile: str | None = None
     debug: bool = False

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "trainers": {"callbacks", "models", "backends", "img_datasets", "metrics", "diffusion", "games", "run"}
     | {"diagnostics"},
-    "play": {"games", "metrics", "models", "trainers"},
+    "play": {"diffusion", "games", "metrics", "models", "trainers"},
     "api": {"backends", "configuration", "diffusion", "img_datasets", "metrics", "models", "run", "shipped"}
     | {"trainers"},
     "reports": {"metrics"},

@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from rqvae.errors import BadInput
 from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.metrics.intervals import t_quantile
 from rqvae.models.stage1.kl_vae import KLVAE
 from rqvae.reports.channel_drawings import even_steps
 from rqvae.reports.channel_files import read_channels
 from rqvae.reports.channels import survival, write_channel_report
-from rqvae.reports.effects import arms_of, paired_effect, t_quantile
+from rqvae.reports.effects import arms_of, paired_effect
 from rqvae.reports.run_files import read_run
 from rqvae.trainers.ablate_channels import effects_of
 from tests.conftest import only

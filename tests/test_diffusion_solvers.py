@@ -27,6 +27,7 @@ from rqvae.diffusion import (
     dpm_solver_pp_2m,
     euler,
     heun,
+    renoise,
     sampling_times,
 )
 from rqvae.errors import BadInput
@@ -119,7 +120,7 @@ def test_stochastic_solver_has_weak_order_one(solver: Any, name: str) -> None:
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize(
     ("solver", "expected"),
-    [(euler, 5), (heun, 9), (dpm_solver_pp_2m, 5), (DDIM(), 5), (DDIM(1.0), 5), (EulerMaruyama(), 5)],
+    [(euler, 5), (heun, 9), (dpm_solver_pp_2m, 5), (DDIM(), 5), (DDIM(1.0), 5), (EulerMaruyama(), 5), (renoise, 5)],
 )
 def test_nfe_is_the_number_of_calls_and_time_zero_is_never_asked(solver: Any, expected: int, name: str) -> None:
     asked = []
@@ -143,7 +144,9 @@ def test_nfe_is_the_number_of_calls_and_time_zero_is_never_asked(solver: Any, ex
 
 def test_one_step_of_an_x0_solver_is_the_prediction() -> None:
     x = torch.randn(3, 2, dtype=F64, generator=generator(0))
-    for solver, path in itertools.product((dpm_solver_pp_2m, DDIM(), DDIM(1.0), EulerMaruyama()), PATHS.values()):
+    for solver, path in itertools.product(
+        (dpm_solver_pp_2m, DDIM(), DDIM(1.0), EulerMaruyama(), renoise), PATHS.values()
+    ):
         end, _ = solver(Denoiser(lambda x, t: torch.sin(x), path, "x0"), x, sampling_times(1), lambda i: x)
         torch.testing.assert_close(end, torch.sin(x), rtol=1e-13, atol=1e-13)
 
@@ -154,6 +157,8 @@ def test_stochastic_solvers_want_noise_and_bad_settings_are_named() -> None:
         DDIM(0.5)(denoise, x, times)
     with pytest.raises(BadInput, match="noise: expected a function of the step for EulerMaruyama, got None"):
         EulerMaruyama()(denoise, x, times)
+    with pytest.raises(BadInput, match="noise: expected a function of the step for renoise, got None"):
+        renoise(denoise, x, times)
     with pytest.raises(BadInput, match=r"solver.eta: expected a number in \[0, 1\], got 2"):
         DDIM(2.0)
     with pytest.raises(BadInput, match="solver.diffusion: expected a number >= 0, got -1"):
@@ -186,6 +191,22 @@ def test_euler_and_heun_are_those_of_diffusers() -> None:
         ours, nfe = solver(network, start(), times)
         assert nfe == len(scheduler.timesteps)
         torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_renoise_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FlowMatchLCMScheduler
+    from diffusers.schedulers import scheduling_flow_match_lcm
+
+    scheduler = FlowMatchLCMScheduler(shift=2.0)
+    scheduler.set_timesteps(5)
+    numbers = itertools.count()
+    monkeypatch.setattr(scheduling_flow_match_lcm, "randn_tensor", lambda *_, **__: fresh(next(numbers)))
+    theirs = start()
+    for t in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, t / 1000), t, theirs).prev_sample
+    ours, nfe = renoise(Denoiser(network, LinearFlow()), start(), scheduler.sigmas.double(), fresh)
+    assert nfe == 5
+    torch.testing.assert_close(ours, theirs.double(), rtol=1e-5, atol=1e-5)
 
 
 MULTISTEP = [("flow_prediction", "velocity"), ("v_prediction", "v"), ("sample", "x0"), ("epsilon", "eps")]

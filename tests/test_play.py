@@ -7,7 +7,9 @@ import json
 import socket
 import struct
 import time
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
+from rqvae.img_datasets.game_frames import GameFrames
 from rqvae.img_datasets.interfaces import ActionCondition, DataSpec, LabeledImageData
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.interfaces import base_connector
@@ -24,6 +27,7 @@ from rqvae.models.stage1.pixel import PixelStage1
 from rqvae.models.stage2.linear_dit import LinearDiT
 from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
+from rqvae.play.recording import Recording
 from rqvae.play.session import Session, World, png
 from rqvae.play.starts import starts_of_game, stored_starts
 from rqvae.trainers.dream import frame_noise
@@ -126,6 +130,27 @@ def test_the_dream_runs_without_the_game() -> None:
     assert np.array_equal(one.dream, two.dream)
 
 
+@pytest.mark.slow
+def test_the_network_is_one_graph_for_any_number_of_steps() -> None:
+    """What `play --runtime compiled` relies on: the same frames, and nothing is compiled once more while one plays."""
+    from torch._dynamo.utils import counters
+
+    from rqvae.backends.compiling import compile_in_place
+
+    eager, compiled = Session(make_world()), Session(make_world())
+    compile_in_place(compiled.world.two_stage.stage2.backbone, "eager")
+    compiled.tick()
+    compiled.reset(0)
+    graphs = counters["stats"]["unique_graphs"]
+    for steps, key in ((4, 2), (1, 3), (8, 0)):
+        for session in (eager, compiled):
+            session.set_steps(steps)
+            session.press(key)
+        assert np.array_equal(eager.tick().dream, compiled.tick().dream)
+    assert graphs >= 1
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_png_is_lossless_and_the_gif_has_every_frame() -> None:
     session = Session(make_world())
     for _ in range(4):
@@ -173,11 +198,17 @@ def test_the_socket_streams_and_takes_keys(client: TestClient) -> None:
         assert header["step"] == 1
         assert real is not None
         assert dream.shape == real.shape == (32, 32, 3)
-        for order in ({"press": 2}, {"steps": 2}, {"release": True}, {"reset": 4}):
+        for order in ({"press": 2}, {"steps": 2}, {"release": True}, {"record": True}, {"reset": 4}):
             browser.send_json(order)
         steps = [unpack(browser.receive_bytes())[0]["step"] for _ in range(12)]
         assert 1 in steps, "the reset began a new count"
         assert client.get("/session/1.gif").headers["content-type"] == "image/gif"
+        assert client.get("/session/1/dream.zip").headers["content-type"] == "application/zip"
+        assert client.get("/session/1/sound.zip").status_code == 404
+        browser.send_json({"ping": 12.5})
+        while not (message := browser.receive()).get("text"):
+            pass
+        assert json.loads(message["text"]) == {"pong": 12.5}
         browser.send_json({"press": 9})
         browser.send_text("no json")
         browser.send_json({"fly": 1})
@@ -235,3 +266,60 @@ def test_what_is_not_ours_or_out_of_range_is_refused(client: TestClient) -> None
         errors = 0
         while errors < 2:
             errors += bool(browser.receive().get("text"))
+
+
+def test_a_played_session_is_a_recording_that_trains(tmp_path: Path) -> None:
+    """Every episode as it was shown, read back by the dataset that models are trained on."""
+    session, world = Session(make_world(), seed=1), make_world()
+    shown: dict[str, list[list[np.ndarray]]] = {"dream": [], "real": []}
+    keys = [2, 1, 4, 3, 2, 2]
+    session.tick()  # before the recording
+    session.record(True)
+    for seed in (2, 3, 4):
+        session.reset(seed)
+        start = world.starts(seed)
+        dream, real = [start.frames[-1]], [start.frames[-1]]
+        for key in keys:
+            session.press(key)
+            tick = session.tick()
+            dream.append(tick.dream)
+            if tick.real is not None:
+                real.append(tick.real)
+        shown["dream"].append(dream)
+        shown["real"].append(real)
+    session.record(False)
+    session.tick()
+    for what, episodes in shown.items():
+        zipfile.ZipFile(io.BytesIO(session.zipped(what))).extractall(tmp_path / what)
+        whole = []
+        for split in ("train", "val", "test"):
+            data = GameFrames(split, root=str(tmp_path / what), size=32, history=2, context=True)
+            data.open()
+            whole += [data.episode(k) for k in range(data.episodes)]
+        assert len(whole) == 3
+        for frames in episodes:
+            found = next(actions for stored, actions in whole if np.array_equal(stored, frames[:-1]))
+            assert list(found) == keys[: len(frames) - 1]
+    with pytest.raises(BadInput, match="recording of the dream: expected frames, got none"):
+        Session(world).zipped("dream")
+    with pytest.raises(BadInput, match="recording: expected one of dream, real, got sound"):
+        session.zipped("sound")
+
+
+def test_the_real_games_end_ends_its_episode() -> None:
+    recording = Recording("real")
+    frames = [np.full((32, 32, 3), k, np.uint8) for k in range(4)]
+    recording.begin(frames[0])
+    recording.begin(frames[0])  # a reset before any key
+    recording.add(1, frames[1], 1.0)
+    recording.add(2, None, 0.0)
+    recording.add(3, frames[2])  # nobody plays
+    recording.begin(frames[2])
+    recording.add(4, frames[3])
+    recording.end()
+    rows = recording.rows.arrays()
+    assert list(rows["action"]) == [1, 2, 4]
+    assert list(rows["episode"]) == [0, 0, 1]
+    assert list(rows["done"]) == [False, True, False]
+    assert list(rows["reward"]) == [1.0, 0.0, 0.0]
+    assert [int(frame[0, 0, 0]) for frame in rows["frames"]] == [0, 1, 2]

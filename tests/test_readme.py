@@ -29,6 +29,7 @@ NOT_RUN = {
     "make docs": "tests/test_docs.py compares the pages that it writes",
     "make site": "tests/test_docs.py builds it in a folder of its own",
     "python -m rqvae play WORLD_RUN": "serves until Ctrl-C; tests/test_play.py plays",
+    "python -m rqvae play WORLD_RUN --static site": "needs onnxruntime-web; tests/test_onnx.py writes and plays it",
     "make figures ISSUE=3": "measures for minutes on a machine that nobody else uses",
     "make test-all": "takes an hour; make knows it",
     "make test-torch27": "downloads 0.8 GB; make knows it",

@@ -36,7 +36,11 @@ def test_rollout_writes_every_field_and_is_the_same_again(run: Path, tmp_path: P
     table = capfd.readouterr().out
     assert "one step, moving pixels" in table
     scores = json.loads((tmp_path / "one.json").read_text())
-    assert scores["one_step"].keys() == {"psnr", "psnr_moving", "copy_last", "copy_last_moving"}
+    kinds = ("copy_last", "mean_frame", "rerun")
+    expected = {"psnr", "psnr_moving", "ssim", *kinds, *(f"{k}_{s}" for k in kinds for s in ("moving", "ssim"))}
+    assert scores["one_step"].keys() == scores["interval"]["one_step"].keys() == expected
+    low, high = scores["interval"]["one_step"]["psnr"]
+    assert low < scores["one_step"]["psnr"] < high
     named = {
         "open_turns",
         "blocked_refused",
@@ -49,7 +53,8 @@ def test_rollout_writes_every_field_and_is_the_same_again(run: Path, tmp_path: P
     assert named <= scores.keys()
     assert scores["rollout"].keys() == {"1", "2", "4"}
     assert scores["protocol"]["seeds"] == [0, 1]
-    assert cli(*line, tmp_path / "two.json", "--batch-size", 1) == 0
+    assert cli(*line, tmp_path / "two.json", "--batch-size", 1, "--html", tmp_path / "page" / "two.html") == 0
+    assert "Dreams beside the real game" in (tmp_path / "page" / "two.html").read_text()
     again = json.loads((tmp_path / "two.json").read_text())
     assert again["protocol"] == scores["protocol"]
     assert again["one_step"]["psnr"] == pytest.approx(scores["one_step"]["psnr"], abs=0.01)

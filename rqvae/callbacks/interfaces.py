@@ -77,6 +77,10 @@ class RunView(Protocol):
         """Show a picture (H, W, 3) uint8; written by rank 0."""
         ...
 
+    def log_film(self, name: str, frames_thwc: np.ndarray, fps: float) -> None:
+        """Show a film (T, H, W, 3) uint8; written by rank 0."""
+        ...
+
 
 class Observer:
     """Watches and changes nothing: a run with all observers and one with none end in the same weights, bit by bit."""

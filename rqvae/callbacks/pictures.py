@@ -1,4 +1,4 @@
-"""Grids of reconstructions or samples while training."""
+"""Grids of reconstructions or samples, and films of dreams, while training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from rqvae.callbacks.interfaces import Observer, RunView
 from rqvae.durations import Duration
+
+FILM_FPS = 8
+"""Frames a second: slow enough to see each step of a game."""
 
 
 @dataclass
@@ -35,3 +38,19 @@ class Pictures(Observer):
             with self.weights():
                 picture = self.draw()
             run.log_picture(self.name, picture)
+
+
+@dataclass
+class Films(Observer):
+    """Shows `draw()` as `Pictures` does; it makes a film (T, H, W, 3) uint8."""
+
+    name: str
+    every: Duration
+    weights: Callable[[], AbstractContextManager[Any]]
+    draw: Callable[[], np.ndarray]
+
+    def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+        if run.clock.due(self.every):
+            with self.weights():
+                film = self.draw()
+            run.log_film(self.name, film, FILM_FPS)

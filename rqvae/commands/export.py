@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,16 @@ if TYPE_CHECKING:
     from rqvae.api import Pipeline
 
 
+FORMATS = "diffusers: KLVAE only; onnx: one step of a world model and its decoder, checked against torch"
+
+
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae export", description=__doc__)
     own.add_argument("run", metavar="RUN", help="run, checkpoint, exported or diffusers folder, or a hub id")
     own.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
     own.add_argument("--ema", metavar="NAME", help="weights of a run: model, or an average such as ema_0.9999")
-    own.add_argument("--format", choices=("rqvae", "diffusers"), default="rqvae", help="diffusers: KLVAE only")
+    own.add_argument("--format", choices=("rqvae", "diffusers", "onnx"), default="rqvae", help=FORMATS)
     own.add_argument("--license", default="unknown", metavar="ID", help="of the model card, for example apache-2.0")
     own.add_argument("--push-to-hub", metavar="ID", help="upload OUT to owner/name, with the token of HF_TOKEN")
     own.add_argument("--private", action="store_true", help="a new repository on the hub is private")
@@ -38,6 +42,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.push_to_hub:
         sources.check_hub_id(options.push_to_hub)
     exported.check_new(options.out)
+    if options.format == "onnx":
+        return _write_onnx(options)
     pipeline = _load(options.run, options.ema, native=options.format == "rqvae")
     if options.format == "diffusers":
         from rqvae.api.diffusers_folder import write_diffusers  # diffusers takes seconds to import
@@ -55,6 +61,23 @@ def run(arguments: Sequence[str]) -> int:
     if options.push_to_hub:
         address = sources.upload(options.out, options.push_to_hub, options.private or None)
         sys.stdout.write(f"{address}\n")
+    return 0
+
+
+def _write_onnx(options: argparse.Namespace) -> int:
+    """The two files of a world model, after they have answered as torch does."""
+    from rqvae.api import load
+    from rqvae.play.onnx_export import FILES, check_onnx, export_onnx
+
+    if options.push_to_hub:
+        raise BadInput("--push-to-hub: expected --format rqvae or diffusers, whose folders have a card, got onnx")
+    pipeline = load(options.run, weights=options.ema)
+    if pipeline.two_stage is None or not pipeline.spec.context:
+        raise BadInput(f"--format onnx: expected a world model (frames of history as condition), got {options.run}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    export_onnx(pipeline.two_stage.eval(), pipeline.spec, options.out)
+    worst = check_onnx(pipeline.two_stage, pipeline.spec, options.out)
+    sys.stdout.write(f"{options.out}: {' and '.join(FILES)}; onnxruntime differs from torch by {worst:.1e} at most\n")
     return 0
 
 

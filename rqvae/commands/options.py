@@ -6,10 +6,14 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rqvae import remote
 from rqvae.errors import BadInput
+
+if TYPE_CHECKING:
+    from rqvae.img_datasets.interfaces import DataSpec
+    from rqvae.models.two_stage import TwoStage
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,8 +116,23 @@ def find_solver(name: str | None) -> Callable[..., Any] | None:
 
     if not name:
         return None
-    known = {solver.__name__: solver for solver in (solvers.euler, solvers.heun, solvers.dpm_solver_pp_2m)}
+    functions = (solvers.euler, solvers.heun, solvers.dpm_solver_pp_2m, solvers.renoise)
+    known = {solver.__name__: solver for solver in functions}
     classes = {kind.__name__: kind for kind in (solvers.DDIM, solvers.EulerMaruyama)}
     if name not in known and name not in classes:
         raise BadInput(f"--solver: expected one of {', '.join([*known, *classes])}, got {name}")
     return known[name] if name in known else classes[name]()
+
+
+def load_world_model(name: str) -> tuple[DataSpec, TwoStage]:
+    """The world model of a run, an exported folder or a shipped name, and what its data are, on the host.
+
+    Raises:
+        BadInput: nothing there, or a model that does not continue frames.
+    """
+    from rqvae.api import load
+
+    pipeline = load(name)
+    if pipeline.two_stage is None or not pipeline.spec.context:
+        raise BadInput(f"{name}: expected a world model (frames of history as condition), got another run")
+    return pipeline.spec, pipeline.two_stage

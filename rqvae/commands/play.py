@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, load_world_model
 from rqvae.errors import BadInput
+
+if TYPE_CHECKING:
+    from rqvae.backends import Backend
+    from rqvae.models.interfaces import DataSpec
+    from rqvae.play.session import World
+
+
+RUNTIMES = "who computes the network: compiled takes a minute first, onnx some seconds and the extra [onnx] (CPU only)"
 
 
 def parser() -> Parser:
@@ -19,17 +30,27 @@ def parser() -> Parser:
     own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
     own.add_argument("--sessions", type=int, default=4, help="most players at once")
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument(
+        "--static", type=Path, metavar="OUT", help="write a folder that plays in a browser from any server of files"
+    )
+    own.add_argument(
+        "--onnxruntime-web", type=Path, metavar="FOLDER", help="that npm package, for --static; else in node_modules"
+    )
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
+    own.add_argument("--runtime", choices=("torch", "compiled", "onnx"), default="torch", help=RUNTIMES)
     own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
     return own
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C, or write it as a folder."""
     options = parser().parse_args(list(arguments))
+    if options.static is not None:
+        return _write_site(options)
+    if options.onnxruntime_web is not None:
+        raise BadInput("--onnxruntime-web: expected --static OUT beside it")
 
     from rqvae import backends
-    from rqvae.api import load
     from rqvae.games.maze_chase import MazeChase
     from rqvae.play.server import PlayLimits, make_app
     from rqvae.play.session import World
@@ -40,18 +61,53 @@ def run(arguments: Sequence[str]) -> int:
     listener = _listen(options.host, options.port)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
-        pipeline = load(options.model)
-        if pipeline.two_stage is None or not pipeline.spec.context:
-            raise BadInput(f"{options.model}: expected a world model (frames of history as condition), got another run")
-        game = MazeChase(pipeline.spec.image_shape[1], options.ghosts)
-        two_stage = pipeline.two_stage.to(backend.device)
-        starts = starts_of_game(game, pipeline.spec.history)
-        numbers = model_numbers(pipeline.spec.names, game.action_names)
-        world = World(two_stage, pipeline.spec.num_actions, game.action_names, starts, game, numbers)
+        spec, two_stage = load_world_model(options.model)
+        game = MazeChase(spec.image_shape[1], options.ghosts)
+        two_stage.to(backend.device)
+        starts = starts_of_game(game, spec.history)
+        numbers = model_numbers(spec.names, game.action_names)
+        world = World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
+        _prepare(options, world, spec, backend)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
         listener.close()
+    return 0
+
+
+def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend: Backend) -> None:
+    """What --runtime asks for, and the first frame, before anybody plays."""
+    from rqvae.models.stage2.diffusion import LatentDiffusion
+    from rqvae.play.onnx_runtime import use_onnx
+    from rqvae.play.session import Session
+
+    if options.runtime == "torch":
+        return
+    if not isinstance(world.two_stage.stage2, LatentDiffusion):
+        raise BadInput(f"--runtime: expected torch for {type(world.two_stage.stage2).__name__}, got {options.runtime}")
+    if options.runtime == "onnx":
+        use_onnx(world.two_stage.cpu(), spec, options.threads)
+    else:
+        backend.compile(world.two_stage.stage2.backbone)
+    Session(world).tick()
+
+
+def _write_site(options: argparse.Namespace) -> int:
+    """Write the folder that needs no server of ours."""
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.play.starts import numbered, starts_of_game
+    from rqvae.play.static_site import find_runtime, write_site
+    from rqvae.trainers.dream import model_numbers
+
+    runtime = find_runtime(options.onnxruntime_web)
+    spec, two_stage = load_world_model(options.model)
+    game = MazeChase(spec.image_shape[1], options.ghosts)
+    numbers = model_numbers(spec.names, game.action_names)
+    starts = numbered(starts_of_game(game, spec.history), numbers)
+    names = tuple(name for _, name in sorted(zip(numbers, game.action_names, strict=True)))
+    write_site(options.static, two_stage.eval(), spec, names=names, starts=starts, runtime=runtime)
+    sys.stdout.write(f"{options.static}: play it from any server of files, for example: ")
+    sys.stdout.write(f"{Path(sys.executable).name} -m http.server --directory {options.static}\n")
     return 0
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, find_solver, numbers
-from rqvae.errors import BadInput
+from rqvae.commands.options import Parser, find_solver, load_world_model, numbers
+from rqvae.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from rqvae.trainers.rollout import Rollout
+    from rqvae.trainers.rollout_scores import Networks
 
 
 def parser() -> Parser:
@@ -27,6 +31,9 @@ def parser() -> Parser:
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
     own.add_argument("--batch-size", type=int, default=64, help="windows of one call of the model, on each rank")
     own.add_argument("--json", type=Path, metavar="OUT", help="write the scores as JSON")
+    own.add_argument("--html", type=Path, metavar="OUT", help="write a page: scores, curves, grids, dreams that move")
+    own.add_argument("--lpips-weights", metavar="FILE|URL", help="AlexNet of torchvision; adds LPIPS")
+    own.add_argument("--extractor", help="inception, random-vgg16 or a class path; adds a Fréchet distance of frames")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
     return own
@@ -40,56 +47,107 @@ def run(arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from rqvae import backends
-    from rqvae.api import change_sampler, load
+    from rqvae.api import change_sampler
     from rqvae.games.maze_chase import MazeChase
     from rqvae.trainers.dream import model_numbers
+    from rqvae.trainers.generate import sampler_facts
     from rqvae.trainers.rollout import Dreamer, evaluate
     from rqvae.trainers.run_folder import make_folder
 
-    if options.json:
-        make_folder(options.json.parent, "--json")
+    for name, out in (("--json", options.json), ("--html", options.html)):
+        if out:
+            make_folder(out.parent, name)
+    networks = _networks(options.lpips_weights, options.extractor)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
+    shown: list[Rollout] = []
     try:
-        pipeline = load(options.model)
-        if pipeline.two_stage is None or not pipeline.spec.context:
-            raise BadInput(f"{options.model}: expected a world model (frames of history as condition), got another run")
-        sampler = change_sampler(pipeline.two_stage, steps=options.steps, solver=find_solver(options.solver))
-        game = MazeChase(pipeline.spec.image_shape[1], options.ghosts)
+        spec, two_stage = load_world_model(options.model)
+        two_stage.to(backend.device)
+        sampler = change_sampler(two_stage, steps=options.steps, solver=find_solver(options.solver))
+        game = MazeChase(spec.image_shape[1], options.ghosts)
         with tqdm(desc="rollout", unit="frame", delay=0.5) as bar:
 
             def count(new: int) -> None:
                 bar.update(new)
 
-            two_stage = pipeline.two_stage.to(backend.device)
-            numbers = model_numbers(pipeline.spec.names, game.action_names)
-            dreamer = Dreamer(two_stage, pipeline.spec.num_actions, numbers, sampler, options.batch_size, count)
-            sizes = {"starts": options.starts, "horizon": options.horizon, "seeds": options.seeds}
-            scores = evaluate(dreamer, game, history=pipeline.spec.history, **sizes)
+            numbers = model_numbers(spec.names, game.action_names)
+            dreamer = Dreamer(two_stage, spec.num_actions, numbers, sampler, options.batch_size, count)
+            scores = evaluate(
+                dreamer,
+                game,
+                history=spec.history,
+                starts=options.starts,
+                horizon=options.horizon,
+                seeds=options.seeds,
+                networks=networks,
+                look=shown.append,
+            )
     finally:
         backend.close()
+    scores["protocol"] |= sampler_facts(sampler)
     Console().print(_table(scores))
     if options.json:
-        options.json.write_text(json.dumps(scores, indent=1))
+        write_whole(options.json, json.dumps(scores, indent=1, allow_nan=False))
         sys.stdout.write(f"{options.json}\n")
+    if options.html:
+        sys.stdout.write(f"{_write_page(options, scores, shown[0])}\n")
     return 0
+
+
+def _networks(lpips_weights: str | None, extractor: str | None) -> Networks:
+    """The networks that are asked for, loaded before anything is dreamed."""
+    from rqvae.metrics.extractors import make_extractor
+    from rqvae.metrics.perceptual import LPIPSScore
+    from rqvae.trainers.rollout_scores import Networks
+
+    lpips, features = None, None
+    if lpips_weights:
+        lpips = LPIPSScore(trunk_weights=lpips_weights)
+        lpips.fetch()
+        lpips.load()
+    if extractor:
+        features = make_extractor(extractor)
+        features.fetch()
+        features.load()
+    return Networks(lpips, features)
+
+
+def _write_page(options: argparse.Namespace, scores: dict[str, Any], rollout: Rollout) -> Path:
+    from rqvae.reports.rollout import RolloutPictures, write_rollout_page
+
+    pictures = RolloutPictures(rollout.windows.context, rollout.windows.future, rollout.dreams)
+    facts = {"model": options.model, "ghosts": options.ghosts}
+    return write_rollout_page(options.html, Path(options.model).name, scores, pictures, facts)
 
 
 def _table(scores: dict[str, Any]) -> Table:
     """The scores that are read first, each beside what it is compared with."""
     from rich.table import Table
 
-    step = scores["one_step"]
-    table = Table("score", "model", "copy last frame")
-    table.add_row("one step, PSNR dB", f"{step['psnr']:.2f}", f"{step['copy_last']:.2f}")
-    table.add_row("one step, moving pixels, PSNR dB", f"{step['psnr_moving']:.2f}", f"{step['copy_last_moving']:.2f}")
-    for h, row in scores["rollout"].items():
-        copied = f"{row['copy_first']:.2f} / {row['copy_first_moving']:.2f}"
-        table.add_row(f"rollout h = {h}, PSNR all / moving", f"{row['psnr']:.2f} / {row['psnr_moving']:.2f}", copied)
+    columns = ("copy_last", "mean_frame", "rerun")
+    table = Table("score (frames: PSNR in dB)", "model", "copy last", "mean frame", "game again")
+    rows = {"one step": scores["one_step"]}
+    rows |= {f"h = {h}": _as_one_step(row) for h, row in scores["rollout"].items()}
+    for when, row in rows.items():
+        table.add_row(f"{when}, all pixels", *(_number(row[key]) for key in ("psnr", *columns)))
+        moving = ("psnr_moving", *(f"{key}_moving" for key in columns))
+        table.add_row(f"{when}, moving pixels", *(_number(row[key]) for key in moving))
     for name in ("open_turns", "blocked_refused", "straight_on", "open_turns_null"):
-        share = scores[name]
-        table.add_row(name.replace("_", " "), "no case" if share is None else f"{share:.3f}", "")
+        table.add_row(name.replace("_", " "), "no case" if scores[name] is None else f"{scores[name]:.3f}")
     for name in ("player_visible", "ghosts_visible"):
         for h, share in scores[name].items():
-            table.add_row(f"{name.replace('_', ' ')}, h = {h}", f"{share:.3f}", "")
-    table.add_row("error of the detector on real frames", f"{scores['detector_error']:.4f}", "")
+            again = _number(scores[f"{name}_rerun"][h], 3)
+            table.add_row(f"{name.replace('_', ' ')}, h = {h}", f"{share:.3f}", "", "", again)
+    for name, distance in scores.get("frechet", {}).items():
+        table.add_row(name, _number(distance, 4))
+    table.add_row("error of the detector on real frames", f"{scores['detector_error']:.4f}")
     return table
+
+
+def _as_one_step(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the rollout under the names of the one-step scores."""
+    return {key.replace("copy_first", "copy_last"): value for key, value in row.items()}
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"

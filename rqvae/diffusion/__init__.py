@@ -8,7 +8,7 @@ from rqvae.diffusion.guidance import Autoguidance, ClassifierFree, Guidance, Int
 from rqvae.diffusion.noise import KeyedNoise
 from rqvae.diffusion.paths import LinearFlow, Path, Prediction
 from rqvae.diffusion.sampling import Sampler
-from rqvae.diffusion.solvers import DDIM, Denoise, EulerMaruyama, dpm_solver_pp_2m, euler, heun
+from rqvae.diffusion.solvers import DDIM, Denoise, EulerMaruyama, dpm_solver_pp_2m, euler, heun, renoise
 from rqvae.diffusion.timesteps import LogitNormal, Shifted, TimestepLaw, Uniform, sampling_times
 from rqvae.diffusion.vp import VP
 
@@ -35,5 +35,6 @@ __all__ = [
     "dpm_solver_pp_2m",
     "euler",
     "heun",
+    "renoise",
     "sampling_times",
 ]

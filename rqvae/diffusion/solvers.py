@@ -85,6 +85,26 @@ def dpm_solver_pp_2m(
     return x, len(weights)
 
 
+def renoise(denoise: Denoiser, x: Tensor, times: Tensor, noise: StepNoise | None = None) -> tuple[Tensor, int]:
+    """Predict x0, add fresh noise of the next level, and so on (Song et al. 2023, "Consistency Models", algorithm 1).
+
+    For few steps: nothing of x is kept, so an error of one step is forgotten in the next. With many steps its marginals
+    are too narrow unless the network is a consistency model. A step to sigma = 0 is the prediction. One evaluation
+    a step.
+
+    Raises:
+        BadInput: a step to sigma > 0 and no noise.
+    """
+    alpha, sigma = denoise.path.alpha(times[1:]), denoise.path.sigma(times[1:])
+    fresh_noise = _given(noise, "renoise") if bool((sigma > 0).any()) else None
+    weights = torch.stack((alpha, sigma), 1).to(x)
+    for i, (of_data, of_noise) in enumerate(weights):
+        (x,) = denoise.at(x, times[i], "x0")
+        if fresh_noise is not None and sigma[i] > 0:
+            x = of_data * x + of_noise * fresh_noise(i)
+    return x, len(weights)
+
+
 @dataclass(frozen=True)
 class DDIM:
     """Denoising diffusion implicit models (Song, Meng, Ermon 2020, eq. 12 and 16), on any path.

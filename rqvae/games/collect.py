@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,14 +47,22 @@ GAMES: dict[str, Callable[[int, int, int], Game]] = {"maze-chase": MazeChase}
 
 
 @dataclass
-class _Episodes:
-    """Rows of the episodes that are not yet on disk."""
+class Rows:
+    """Rows of the episodes of one shard, before they are written; the fields are its columns."""
 
     frames: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     action: list[int] = field(default_factory=list)
     reward: list[float] = field(default_factory=list)
     done: list[bool] = field(default_factory=list)
     episode: list[int] = field(default_factory=list)
+
+    def append(self, frame: npt.NDArray[np.uint8], action: int, reward: float, *, done: bool, episode: int) -> None:
+        """A frame (H, W, 3), the action taken at it, and what that gave."""
+        self.frames.append(frame)
+        self.action.append(action)
+        self.reward.append(reward)
+        self.done.append(done)
+        self.episode.append(episode)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {
@@ -129,11 +137,24 @@ def collect(
         return ready
     for old in (out / META, *_own_files(out)):
         old.unlink(missing_ok=True)
-    return _write(out, game, parameters, _record(game, parameters, progress))
+    return write_recording(out, parameters, game.action_names, _record(game, parameters, progress))
 
 
-def _write(out: Path, game: Game, parameters: dict[str, Any], recording: Iterator[_Episodes]) -> dict[str, Any]:
-    """The shards, and last meta.json, which makes the recording complete."""
+def write_recording(
+    out: Path, parameters: dict[str, Any], action_names: Sequence[str], recording: Iterable[Rows]
+) -> dict[str, Any]:
+    """Write the shards, and last meta.json, which makes the recording complete.
+
+    Args:
+        out: folder that exists.
+        parameters: what meta.json says first; readers need `schema`, `size` and `seed`.
+        action_names: in the order of their numbers.
+        recording: rows of each shard; at least one, none empty. Episodes are numbered from 0 without a gap and do not
+            cross shards.
+
+    Returns:
+        The content of `meta.json`.
+    """
     shards: list[dict[str, Any]] = []
     for rows in recording:
         shards.append(_write_shard(out / f"shard-{len(shards):05d}.npz", rows))
@@ -141,7 +162,7 @@ def _write(out: Path, game: Game, parameters: dict[str, Any], recording: Iterato
     meta = parameters | {
         "episodes": episodes,
         "last_episode_complete": last_done,
-        "action_names": list(game.action_names),
+        "action_names": list(action_names),
         "licence": LICENCE,
         "shards": shards,
     }
@@ -158,9 +179,9 @@ def _game(env_name: str, frames: int, size: int, num_ghosts: int, max_steps: int
     return GAMES[env_name](size, num_ghosts, max_steps)
 
 
-def _record(game: Game, parameters: dict[str, Any], progress: Callable[[int], None]) -> Iterator[_Episodes]:
+def _record(game: Game, parameters: dict[str, Any], progress: Callable[[int], None]) -> Iterator[Rows]:
     """Play until all frames are recorded; gives the rows of one shard at a time."""
-    rows, left, k = _Episodes(), parameters["frames"], 0
+    rows, left, k = Rows(), parameters["frames"], 0
     while left:
         before = len(rows.frames)
         _play(game, parameters, k, left, rows)
@@ -169,22 +190,19 @@ def _record(game: Game, parameters: dict[str, Any], progress: Callable[[int], No
         progress(new)
         if len(rows.frames) >= parameters["shard_frames"] or not left:
             yield rows
-            rows = _Episodes()
+            rows = Rows()
 
 
-def _play(game: Game, parameters: dict[str, Any], k: int, limit: int, rows: _Episodes) -> None:
+def _play(game: Game, parameters: dict[str, Any], k: int, limit: int, rows: Rows) -> None:
     """Append episode k, or its first `limit` frames, to `rows`."""
     seed = parameters["seed"]
     frame = game.reset(fold(seed, "episode", k))
     policy = POLICIES[parameters["policy"]](len(game.action_names), fold(seed, "policy", k))
     for _ in range(limit):
         action = policy.act(game)
-        rows.frames.append(frame)
-        frame, reward, terminated, truncated = game.step(action)
-        rows.action.append(action)
-        rows.reward.append(reward)
-        rows.done.append(bool(terminated or truncated))
-        rows.episode.append(k)
+        after, reward, terminated, truncated = game.step(action)
+        rows.append(frame, action, reward, done=bool(terminated or truncated), episode=k)
+        frame = after
         if rows.done[-1]:
             return
 
@@ -221,7 +239,7 @@ def _complete(out: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
     return meta if all(p.is_file() and p.stat().st_size == n for p, n in sizes) else None
 
 
-def _write_shard(path: Path, rows: _Episodes) -> dict[str, Any]:
+def _write_shard(path: Path, rows: Rows) -> dict[str, Any]:
     """Write one shard; returns its entry in `meta.json`."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **rows.arrays())  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
 """The page and its WebSocket: the server streams frames at a capped rate, keys are sent and forgotten.
 
 The protocol: the browser sends JSON `{"press": action}`, `{"release": true}`, `{"reset": seed}`, `{"steps": n}`,
-`{"pause": true|false}`. The server first sends JSON with the world's facts, then for every frame one binary message: a
-JSON header, its length in four bytes (big-endian) before it, the dream as PNG, and the real game as PNG where there is
-one. What the server refuses it answers with JSON `{"error": words}`.
+`{"pause": true|false}`, `{"record": true|false}`, `{"ping": n}`. The server first sends JSON with the world's facts,
+then for every frame one binary message: a JSON header, its length in four bytes (big-endian) before it, the dream as
+PNG, and the real game as PNG where there is one. A ping is answered by `{"pong": n}` between two frames, where keys are
+heard too; what the server refuses by `{"error": words}`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import struct
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -55,19 +57,21 @@ class _Player:
     paused: bool = False
     inbox: deque[str] = field(default_factory=lambda: deque(maxlen=64))
 
-    def obey(self) -> list[str]:
-        """Do what the browser has sent since the last frame, between two frames; returns what was wrong with it."""
-        return [words for words in (self._obey(self.inbox.popleft()) for _ in range(len(self.inbox))) if words]
+    def obey(self) -> list[dict[str, Any]]:
+        """Do what the browser has sent since the last frame, between two frames; returns the answers to it."""
+        return [answer for answer in (self._obey(self.inbox.popleft()) for _ in range(len(self.inbox))) if answer]
 
-    def _obey(self, message: str) -> str | None:
+    def _obey(self, message: str) -> dict[str, Any] | None:
         try:
             order = json.loads(message)
             if not isinstance(order, dict) or len(order) != 1:
-                raise BadInput(f"message: expected one of press, release, reset, steps, pause, got {message[:80]}")
+                raise BadInput(f"message: expected an object with one order such as press, got {message[:80]}")
             name, value = next(iter(order.items()))
+            if name == "ping":
+                return {"pong": float(value)}
             self._do(name, value)
         except (BadInput, ValueError, TypeError, OverflowError) as error:
-            return str(error)
+            return {"error": str(error)}
         return None
 
     def _do(self, name: str, value: Any) -> None:
@@ -78,6 +82,7 @@ class _Player:
             "reset": lambda: session.reset(int(value)),
             "steps": lambda: session.set_steps(int(value)),
             "pause": lambda: setattr(self, "paused", bool(value)),
+            "record": lambda: session.record(bool(value)),
         }
         if name not in orders:
             raise BadInput(f"message: expected one of {', '.join(orders)}, got {name}")
@@ -100,14 +105,7 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
     def page() -> str:
         return files("rqvae.play").joinpath("page.html").read_text()
 
-    @app.get("/session/{number}.gif")
-    async def gif(number: int) -> Response:
-        player = players.get(number)
-        if player is None:
-            return Response("no such session", status_code=404)
-        async with turn:  # no frame is added meanwhile
-            picture = await asyncio.to_thread(player.session.gif)
-        return Response(picture, media_type="image/gif")
+    _add_downloads(app, players, turn)
 
     @app.websocket("/play")
     async def play(socket: WebSocket) -> None:
@@ -140,6 +138,29 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
     return app
 
 
+def _add_downloads(app: FastAPI, players: dict[int, _Player | None], turn: asyncio.Lock) -> None:
+    """What a session has shown, as files, while its socket is open."""
+
+    async def answer(number: int, kind: str, make: Callable[[Session], bytes]) -> Response:
+        player = players.get(number)
+        if player is None:
+            return Response("no such session", status_code=404)
+        try:
+            async with turn:  # no frame is added meanwhile
+                content = await asyncio.to_thread(make, player.session)
+        except BadInput as error:
+            return Response(str(error), status_code=404)
+        return Response(content, media_type=kind)
+
+    @app.get("/session/{number}.gif")
+    async def gif(number: int) -> Response:
+        return await answer(number, "image/gif", lambda session: session.gif())
+
+    @app.get("/session/{number}/{what}.zip")
+    async def recording(number: int, what: str) -> Response:
+        return await answer(number, "application/zip", lambda session: session.zipped(what))
+
+
 def _same_origin(socket: WebSocket) -> bool:
     """Whether the page that opens the socket is ours; programs that are no browser send no origin."""
     origin = socket.headers.get("origin")
@@ -160,9 +181,9 @@ async def _stream(
     while not listener.done():
         if player.inbox:
             async with turn:  # a reset encodes frames, and no frame may be made meanwhile
-                mistakes = await asyncio.to_thread(player.obey)
-            for words in mistakes:
-                await socket.send_json({"error": words})
+                answers = await asyncio.to_thread(player.obey)
+            for answer in answers:
+                await socket.send_json(answer)
         now = time.monotonic()
         if player.paused or now < due:
             await asyncio.sleep(0.02 if player.paused else due - now)
@@ -170,15 +191,16 @@ async def _stream(
         since, due = due, max(due + 1 / fps, now)
         async with turn:
             tick = await asyncio.to_thread(player.session.tick)
-        spent = max(1e-6, time.monotonic() - since)
-        rate = 1 / spent if not rate else 0.9 * rate + 0.1 / max(spent, 1 / fps)
-        await socket.send_bytes(pack(tick, rate))
+        spent = max(time.monotonic() - since, 1 / fps)
+        rate = 1 / spent if not rate else 0.9 * rate + 0.1 / spent
+        await socket.send_bytes(pack(tick, rate, len(player.session.recordings["dream"])))
 
 
-def pack(tick: Tick, rate: float) -> bytes:
-    """A frame as one binary message."""
+def pack(tick: Tick, rate: float, recorded: int = 0) -> bytes:
+    """A frame as one binary message, with how many frames are recorded."""
     dream = png(tick.dream)
     real = b"" if tick.real is None else png(tick.real)
-    facts = {"step": tick.step, "ms": round(tick.milliseconds, 2), "fps": round(rate, 1), "dream": len(dream)}
+    facts: dict[str, float] = {"step": tick.step, "ms": round(tick.milliseconds, 2), "fps": round(rate, 1)}
+    facts |= {"recorded": recorded, "dream": len(dream)}
     header = json.dumps(facts).encode()
     return struct.pack(">I", len(header)) + header + dream + real

@@ -15,8 +15,10 @@ from PIL import Image
 
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
+from rqvae.metrics.animations import gif_bytes
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
+from rqvae.play.recording import Recording
 from rqvae.play.starts import Starts
 from rqvae.trainers.dream import Dream, frame_noise
 
@@ -85,8 +87,11 @@ class Session:
     _pressed: int | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
     history: deque[tuple[Frame, int]] = field(init=False)
+    recordings: dict[str, Recording] = field(init=False)
+    _records: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        self.recordings = {what: Recording(what) for what in ("dream", "real")}
         self.reset(self.seed)
 
     def reset(self, seed: int) -> None:
@@ -110,6 +115,17 @@ class Session:
             self._game.restore_state(start.state)
             self._real = self._game.render()
         self.release()
+        self.record(self._records)
+
+    def record(self, on: bool) -> None:
+        """Keep what is played from now on as an episode of a recording, of the dream and of the real game; or stop."""
+        self._records = on
+        now = {"dream": self.history[-1][0], "real": None if self._game is None else self._game.render()}
+        for what, frame in now.items():
+            if on and frame is not None:
+                self.recordings[what].begin(frame)
+            else:
+                self.recordings[what].end()
 
     def press(self, action: int) -> None:
         """A key goes down: its action is played at the next step, and at each one until the key is up.
@@ -150,6 +166,7 @@ class Session:
         self._step_game(action)
         self._count += 1
         self.history.append((dream, action))
+        self.recordings["dream"].add(action, dream)
         return Tick(dream, self._real, self._count, elapsed)
 
     def _number(self, action: int) -> int:
@@ -158,18 +175,23 @@ class Session:
     def _step_game(self, action: int) -> None:
         self._real = None
         if self._game is not None:
-            self._real, _, terminated, _ = self._game.step(action)
+            self._real, reward, terminated, _ = self._game.step(action)
             self._game = None if terminated else self._game
+            self.recordings["real"].add(action, None if terminated else self._real, reward)
 
     def gif(self, scale: int = 8, fps: int = 10) -> bytes:
         """The session's last frames as an animated GIF."""
-        frames = [Image.fromarray(frame) for frame, _ in self.history]
-        large = [
-            frame.resize((frame.width * scale, frame.height * scale), Image.Resampling.NEAREST) for frame in frames
-        ]
-        buffer = io.BytesIO()
-        large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=1000 // fps, loop=0)
-        return buffer.getvalue()
+        return gif_bytes(np.stack([frame for frame, _ in self.history]), fps, scale)
+
+    def zipped(self, what: str) -> bytes:
+        """The recording of the `dream` or of the `real` game as a zip file of a folder that `GameFrames` reads.
+
+        Raises:
+            BadInput: another word, or nothing recorded.
+        """
+        if what not in self.recordings:
+            raise BadInput(f"recording: expected one of {', '.join(self.recordings)}, got {what}")
+        return self.recordings[what].zipped(self.world.action_names, self.seed)
 
 
 def png(frame: Frame) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,16 @@ def starts_of_game(game: MazeChase, history: int) -> Starts:
         own = MazeChase(game.size, game.num_ghosts, game.max_steps, maze_seed=game.maze[1])
         windows = maze_windows(own, 1, history=history, horizon=1, seed=seed)
         return Start(windows.context[0], windows.actions[0, : history - 1], windows.states[0])
+
+    return start
+
+
+def numbered(starts: Starts, numbers: Sequence[int]) -> Starts:
+    """The same starts with the model's numbers of the actions (`rqvae.trainers.dream.model_numbers`)."""
+
+    def start(seed: int) -> Start:
+        found = starts(seed)
+        return replace(found, actions=np.array(numbers)[found.actions])
 
     return start
 

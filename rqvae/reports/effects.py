@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from rqvae.errors import BadInput
+from rqvae.metrics.intervals import half_width
 from rqvae.reports.page import Cell
 from rqvae.reports.run_files import RunFiles
 
 LEAST_SEEDS = 3
 """With two seeds the interval is 9 times as wide as their difference; with one there is none."""
-CONFIDENCE = 0.95
 SEED, STRATEGY = "train.seed", "intervention.strategy"
 _ELSEWHERE = ("tracking.", "logging.", "train.threads", "train.log_every", "profile", "pictures.", "checkpoint.")
 """Keys that change no weight: runs that differ in these alone are one arm."""
@@ -79,18 +78,8 @@ def paired_effect(key: str, arm: str, baseline: Mapping[int, float], other: Mapp
         raise BadInput(f"{key} of {arm} against the baseline: expected at least {LEAST_SEEDS} seeds that both have, "
                        f"got {len(seeds)}")  # fmt: skip
     differences = np.array([other[seed] - baseline[seed] for seed in seeds])
-    mean, spread = float(differences.mean()), float(differences.std(ddof=1))
-    half = t_quantile(0.5 + CONFIDENCE / 2, len(seeds) - 1) * spread / math.sqrt(len(seeds))
+    mean, half = float(differences.mean()), half_width(differences.tolist())
     return Effect(key, arm, seeds, mean, mean - half, mean + half)
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t above 0.5: with t = sqrt(n) tan(a) its density over a is cos(a)^(n - 1)."""
-    angle = np.linspace(0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (degrees - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    at = float(np.interp(2 * probability - 1, mass / mass[-1], angle))
-    return math.sqrt(degrees) * math.tan(at)
 
 
 def arms_of(runs: Sequence[RunFiles], keys: Sequence[str]) -> list[Arm]:

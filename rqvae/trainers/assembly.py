@@ -43,6 +43,7 @@ from rqvae.trainers.run_folder import (
     note_wandb_id,
     write_new,
 )
+from rqvae.trainers.sampler_check import check_vis_sampler
 from rqvae.trainers.session import Session
 from rqvae.trainers.state import TrainState
 from rqvae.trainers.trainer import Trainer
@@ -75,6 +76,7 @@ def check(run: AnyRun, world_size: int) -> None:
             two_stage = stage2_trainer.make_two_stage(run)
         check_generator(two_stage.stage2)
         check_blocks(two_stage.stage2, run.train)
+        check_vis_sampler(run, two_stage)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
         if run.data.cache and two_stage.stage2.in_pixels:
             raise BadInput("data.latents: expected null for a Stage2 that noises pixels, got a cache of latents")

@@ -62,7 +62,8 @@ class Dream:
         check_actions(actions_bk, num_actions)
         encoded = two_stage.encode(frames_bk3hw.flatten(0, 1)).unflatten(0, (b, k))
         last = torch.full((b, 1), num_actions, device=actions_bk.device, dtype=actions_bk.dtype)
-        return cls(two_stage, encoded, torch.cat((actions_bk, last), dim=1), num_actions, sampler)
+        # in the layout that `step` leaves behind: another one would be compiled once more at the second frame
+        return cls(two_stage, encoded.contiguous(), torch.cat((actions_bk, last), dim=1), num_actions, sampler)
 
     @torch.no_grad()
     def step(self, action_b: Tensor, noise_bchw: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +76,15 @@ class SplitWalk:
 
     def first(self, images: int) -> LabeledImageData:
         """The first `images` samples as one batch, the same on every rank."""
-        samples = [self.stream[i] for i in range(min(images, len(self.stream)))]
+        return self._batch(range(min(images, len(self.stream))))
+
+    def spread(self, images: int) -> LabeledImageData:
+        """`images` samples at equal distances over the split as one batch, the same on every rank and at every call."""
+        count = min(images, len(self.stream))
+        return self._batch([i * len(self.stream) // count for i in range(count)])
+
+    def _batch(self, positions: Sequence[int]) -> LabeledImageData:
+        samples = [self.stream[i] for i in positions]
         return self.stream.collate_fn(samples).to(self.backend.device, self.dtype)
 
 

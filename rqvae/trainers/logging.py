@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rqvae.files import write_whole
+from rqvae.metrics.animations import gif_bytes
 from rqvae.trainers.settings import LogSettings
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,24 @@ class RunLog:
             import wandb
 
             self._wandb.log({name: wandb.Image(image_hwc)}, step=step)
+
+    def film(self, name: str, frames_thwc: np.ndarray, fps: float, step: int) -> None:
+        """A film (T, H, W, 3) uint8: samples/NAME_STEP.gif and the mirrors, which show the same file."""
+        content = gif_bytes(frames_thwc, fps)
+        file = self.folder / "samples" / f"{name}_{step:08d}.gif"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, content)
+        if self._board:
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # `add_video` makes the same record, but needs moviepy to make a GIF of its own
+            height, width = frames_thwc.shape[1:3]
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            self._board._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Video(str(file), format="gif")}, step=step)
 
     def close(self) -> None:
         """Flush and close all."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,21 @@ class Parts:
         observers = [*run.observers, *watching]
         return replace(run, observers=observers, interventions=[*run.interventions, *acting])
 
-    @contextlib.contextmanager
-    def evaluated(self) -> Iterator[None]:
+    def evaluated(self) -> AbstractContextManager[None]:
         """The first module computes with its first average, in eval mode, without gradients."""
-        module = next(iter(self.modules.values()))
-        average = self.ema[0].applied() if self.ema else contextlib.nullcontext()
-        with average, gathered(module), torch.no_grad():
-            module.eval()
-            try:
-                yield
-            finally:
-                module.train()
+        return evaluated(next(iter(self.modules.values())), self.ema)
+
+
+@contextlib.contextmanager
+def evaluated(module: nn.Module, ema: Sequence[EMA]) -> Iterator[None]:
+    """The module computes with its first average, in eval mode, without gradients."""
+    average = ema[0].applied() if ema else contextlib.nullcontext()
+    with average, gathered(module), torch.no_grad():
+        module.eval()
+        try:
+            yield
+        finally:
+            module.train()
 
 
 def float_type(precision: Precision) -> torch.dtype:

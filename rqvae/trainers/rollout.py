@@ -15,11 +15,12 @@ from rqvae.games.detector import MazeDetector
 from rqvae.games.maze import NOOP
 from rqvae.games.maze_chase import MazeChase
 from rqvae.games.windows import Frames, Windows, maze_windows
-from rqvae.metrics.moving import PixelErrors
+from rqvae.metrics.intervals import finite, tree_intervals, tree_means
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
-from rqvae.randomness import fold
 from rqvae.trainers.dream import Dream, frame_noise
+from rqvae.trainers.rollout_baselines import Baselines, make_baselines
+from rqvae.trainers.rollout_scores import Networks, frechet, one_step, persistence, rollout_scores
 
 HORIZONS = (1, 2, 4, 8, 16, 32, 64)
 HELD = 3
@@ -75,48 +76,6 @@ class Dreamer:
                 self.progress(len(frames))
             parts.append(np.stack(steps, axis=1))
         return np.concatenate(parts)
-
-
-def one_step(dreamer: Dreamer, windows: Windows, seed: int, horizon: int = 8) -> dict[str, float]:
-    """PSNR of the next frame after real context, on `horizon` frames of each window, beside copying the last frame."""
-    model, copy, k = PixelErrors(), PixelErrors(), windows.history
-    for t in range(min(horizon, windows.horizon)):
-        context, target = windows.frames[:, t : t + k], windows.frames[:, t + k]
-        actions = windows.actions[:, t : t + k]
-        predicted = dreamer(context, actions[:, :-1], actions[:, -1:], fold(seed, "one_step", t))[:, 0]
-        model.update(predicted, target, context[:, -1])
-        copy.update(context[:, -1], target, context[:, -1])
-    return {
-        "psnr": model.psnr,
-        "psnr_moving": model.psnr_moving,
-        "copy_last": copy.psnr,
-        "copy_last_moving": copy.psnr_moving,
-    }
-
-
-def rollout_psnr(dreams: Frames, windows: Windows, horizons: Sequence[int]) -> dict[str, dict[str, float]]:
-    """PSNR of the h-th dreamed frame against the logged one, beside the last context frame kept for ever."""
-    rows: dict[str, dict[str, float]] = {}
-    for h in horizons:
-        model, copy = PixelErrors(), PixelErrors()
-        target, before = windows.future[:, h - 1], windows.frames[:, windows.history + h - 2]
-        model.update(dreams[:, h - 1], target, before)
-        copy.update(windows.context[:, -1], target, before)
-        rows[str(h)] = {"psnr": model.psnr, "psnr_moving": model.psnr_moving}
-        rows[str(h)] |= {"copy_first": copy.psnr, "copy_first_moving": copy.psnr_moving}
-    return rows
-
-
-def persistence(
-    dreams: Frames, windows: Windows, detector: MazeDetector, horizons: Sequence[int]
-) -> dict[str, dict[str, float]]:
-    """Shares of rollouts whose player is there once, and whose ghosts are as many as in the real game, at horizon h."""
-    player, ghosts = {}, {}
-    for h in horizons:
-        seen = detector(dreams[:, h - 1])
-        player[str(h)] = float((seen.player.sum(1) == 1).mean())
-        ghosts[str(h)] = float((seen.ghosts.sum(1) == windows.ghosts[:, h - 1]).mean())
-    return {"player_visible": player, "ghosts_visible": ghosts}
 
 
 def control(
@@ -186,6 +145,25 @@ def _followed(
     return float((seen == np.array([case.cells for case in cases])).all(1).mean())
 
 
+@dataclass(frozen=True)
+class Rollout:
+    """What one evaluation seed dreamed, for those who look at it.
+
+    Args:
+        windows: real play.
+        dreams: (N, horizon, H, W, 3) uint8, under the logged actions.
+        baselines: for the same windows.
+    """
+
+    windows: Windows
+    dreams: Frames
+    baselines: Baselines
+
+
+def _nobody(_: Rollout) -> None:
+    """Looks at nothing."""
+
+
 def evaluate(
     dreamer: Dreamer,
     game: MazeChase,
@@ -194,8 +172,10 @@ def evaluate(
     starts: int = 48,
     horizon: int = 64,
     seeds: Sequence[int] = (0, 1, 2),
+    networks: Networks | None = None,
+    look: Callable[[Rollout], None] = _nobody,
 ) -> dict[str, Any]:
-    """All scores on the maze, as means over evaluation seeds, with what each seed gave.
+    """All scores on the maze, as means over evaluation seeds with their intervals, with what each seed gave.
 
     Args:
         dreamer: of the model.
@@ -204,34 +184,37 @@ def evaluate(
         starts: windows a seed.
         horizon: longest rollout.
         seeds: of windows and noise.
+        networks: of LPIPS and of the Fréchet distance; without them these scores are left out.
+        look: called with what each seed dreamed.
+
+    Returns:
+        The scores; `interval`, the same tree with the 95 % interval [low, high] of each mean by Student's t over the
+        seeds, None with fewer than two; `by_seed`; `protocol`. A number that is not finite is None.
 
     Raises:
         BadInput: no seed, no start or no horizon.
     """
     if not seeds or starts < 1 or horizon < HELD:
         raise BadInput(f"rollout: expected seeds, starts >= 1 and horizon >= {HELD}, got {seeds}, {starts}, {horizon}")
-    detector = MazeDetector(game)
+    networks, detector = networks or Networks(), MazeDetector(game)
     horizons = [h for h in HORIZONS if h <= horizon]
     rows, hashes = [], []
     for seed in seeds:
         windows = maze_windows(game, starts, history=history, horizon=horizon, seed=seed)
+        baselines = make_baselines(game, windows, seed)
         hashes.append(windows.sha256)
         ahead = windows.actions[:, history - 1 :]
         dreams = dreamer(windows.context, windows.actions[:, : history - 1], ahead, seed)
-        row: dict[str, Any] = {"one_step": one_step(dreamer, windows, seed)}
-        row["rollout"] = rollout_psnr(dreams, windows, horizons)
+        row: dict[str, Any] = {"one_step": one_step(dreamer, windows, seed, baselines, lpips=networks.lpips)}
+        row["rollout"] = rollout_scores(dreams, windows, horizons, baselines, networks.lpips)
         row |= persistence(dreams, windows, detector, horizons)
+        rerun = persistence(baselines.reruns, windows, detector, horizons, baselines.running)
+        row |= {f"{name}_rerun": shares for name, shares in rerun.items()}
         row |= control(dreamer, windows, game, detector, seed)
-        rows.append(row)
+        if networks.extractor is not None:
+            row["frechet"] = frechet(dreams, windows, horizons, baselines, networks.extractor)
+        rows.append(finite(row))
+        look(Rollout(windows, dreams, baselines))
     facts = {"starts": starts, "seeds": list(seeds), "horizon": horizon, "game": game.fingerprint(), "windows": hashes}
-    return {**_means(rows), "detector_error": detector.error(game), "by_seed": rows, "protocol": facts}
-
-
-def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of each number over the rows that have it, in the same tree; None where none has."""
-    means: dict[str, Any] = {}
-    for key, value in rows[0].items():
-        values = [row[key] for row in rows]
-        known = [x for x in values if not isinstance(x, dict) and x is not None and np.isfinite(x)]
-        means[key] = _means(values) if isinstance(value, dict) else float(np.mean(known)) if known else None
-    return means
+    scores = {**tree_means(rows), "detector_error": detector.error(game), "interval": tree_intervals(rows)}
+    return {**scores, "by_seed": rows, "protocol": facts | networks.facts()}

@@ -38,6 +38,8 @@ _PLACE_KEYS = {
     "checkpoint.asynchronous",
     "profile",
     "logging.progress",
+    "pictures.vis_sampler",
+    "pictures.frames",
     "lpips.trunk_weights",
     "online_eval.reference",
     "online_eval.extractor.init_args.weights",

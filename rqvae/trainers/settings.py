@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rqvae.backends import Precision
+from rqvae.diffusion.sampling import Sampler
 from rqvae.durations import Duration, DurationText
 from rqvae.errors import BadInput
 from rqvae.metrics.extractors import Extractor
@@ -213,6 +214,28 @@ class PictureSettings:
     def __post_init__(self) -> None:
         _check_durations("pictures", every=self.every)
         _at_least("pictures", 1, images=self.images)
+
+
+@dataclass(frozen=True)
+class SampleSettings(PictureSettings):
+    """Grids of samples. Of a world model: context | true next frame | predicted one, and a film of dreams.
+
+    Conditions and noise are the same each time, so that the pictures of a run can be compared.
+
+    Args:
+        every: how often.
+        images: pictures in a grid; windows of a world model.
+        vis_sampler: solver, steps, spacing and guidance of the pictures; null is the model's own. For example
+            `{solver: rqvae.diffusion.solvers.dpm_solver_pp_2m, steps: 20, shift: 3.0}` (DPM-Solver++ of order 2).
+        frames: of the film of a world model, for recordings whose episodes can be read in order; 0 is no film.
+    """
+
+    vis_sampler: Sampler | None = None
+    frames: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("pictures", 0, frames=self.frames)
 
 
 @dataclass(frozen=True)

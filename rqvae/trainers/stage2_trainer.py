@@ -6,6 +6,7 @@ One step is: encode, connector.forward, Stage2.forward, compute_loss, update.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from torch import nn
 
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import Observer
+from rqvae.callbacks.pictures import Films
 from rqvae.callbacks.trace import Trace
+from rqvae.durations import Duration
 from rqvae.errors import BadInput
-from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.img_datasets.interfaces import DataSpec, LabeledImageData
 from rqvae.img_datasets.latent_cache import LatentCache
 from rqvae.metrics.grids import image_grid
 from rqvae.models.connectors.statistics import ChannelStatistics
+from rqvae.models.ema import EMA
 from rqvae.models.interfaces import base_connector
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import Draw, generator, normal, seeded
@@ -33,8 +37,10 @@ from rqvae.trainers.mask_pictures import mask_pictures
 from rqvae.trainers.online_images import Samples
 from rqvae.trainers.online_scores import prepare
 from rqvae.trainers.parallel import wrap
-from rqvae.trainers.parts import Parts, compile_planned, float_type, make_ema, prepare_blocks
+from rqvae.trainers.parts import Parts, compile_planned, evaluated, float_type, make_ema, prepare_blocks
+from rqvae.trainers.settings import SampleSettings
 from rqvae.trainers.updates import StepLosses, Update, adamw_of
+from rqvae.trainers.world_pictures import Episodes, continues_frames, dream_film, window_grid
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +109,7 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
         ema=ema,
         draws=draws,
         counted={"stage1": run.stage1, "connector": two_stage.connector, "stage2": two_stage.stage2},
-        picture=("samples", lambda: sample_grid(two_stage, val, run.pictures.images, run.train.seed)),
+        picture=("samples", lambda: sample_grid(two_stage, val, spec, run.pictures, run.train.seed)),
         evaluate=prepare(
             run, backend, lambda walk: Samples(two_stage, spec, walk, run.train.seed, run.online_eval.images), ema
         ),
@@ -114,7 +120,7 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
             "latents_rounded_to": latents and latents.rounded_to,
         },
         must_match=("stage1_sha256", "latents_rounded_to"),
-        companions=_companions(run, two_stage, val),
+        companions=_companions(run, two_stage, val, ema),
         before_start=lambda: estimate_statistics(
             two_stage, SplitWalk(run.data, "train", backend, dtype, run.stage1.draws(image_shape)), latents
         ),
@@ -122,12 +128,16 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
     )
 
 
-def _companions(run: Stage2Run, two_stage: TwoStage, val: SplitWalk) -> list[Observer]:
-    """The trace where it is asked for, and the pictures of masks where the data have them."""
-    trace: list[Observer] = [Trace(two_stage.stage2)] if run.debug else []
-    if not run.pictures.every or not run.data.make("val")[0].spec.num_mask_classes:
-        return trace
-    return [*trace, *mask_pictures(val, run.pictures.images, run.pictures.every)]
+def _companions(run: Stage2Run, two_stage: TwoStage, val: SplitWalk, ema: Sequence[EMA]) -> list[Observer]:
+    """The trace where it is asked for, the pictures of masks and the films of dreams where the data have them."""
+    found: list[Observer] = [Trace(two_stage.stage2)] if run.debug else []
+    dataset, settings = run.data.make("val")[0], run.pictures
+    if settings.every and dataset.spec.num_mask_classes:
+        found += mask_pictures(val, settings.images, settings.every)
+    if settings.every and settings.frames and continues_frames(dataset.spec) and isinstance(dataset, Episodes):
+        film = dream_film(two_stage, val, dataset.spec, settings.frames, run.train.seed, settings.vis_sampler)
+        found.append(Films("rollout", Duration.parse(settings.every), lambda: evaluated(two_stage.stage2, ema), film))
+    return found
 
 
 def load_two_stage(run: Stage2Run, path: Path, weights: str | None = None) -> TwoStage:
@@ -182,9 +192,16 @@ def seeded_noise(two_stage: TwoStage, seed: int, count: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample_grid(two_stage: TwoStage, walk: SplitWalk, images: int, seed: int) -> np.ndarray:
-    """(H, W, 3) uint8: samples under the conditions of the split's first images; the noise is the same every time."""
-    batch = walk.first(images)
-    noise = seeded_noise(two_stage, seed, len(batch)).to(walk.backend.device, walk.dtype)
-    pictures = two_stage.decode(two_stage.sample(batch.condition, noise))
+def sample_grid(
+    two_stage: TwoStage, walk: SplitWalk, spec: DataSpec, settings: SampleSettings, seed: int
+) -> np.ndarray:
+    """(H, W, 3) uint8: samples under conditions of the split, beside the true frames where the data continue frames.
+
+    Conditions and noise are the same every time.
+    """
+    noise = seeded_noise(two_stage, seed, settings.images).to(walk.backend.device, walk.dtype)
+    if continues_frames(spec):
+        return window_grid(two_stage, walk, noise, settings.vis_sampler)
+    batch = walk.first(settings.images)
+    pictures = two_stage.decode(two_stage.sample(batch.condition, noise[: len(batch)], settings.vis_sampler))
     return image_grid(as_pictures(pictures), columns=max(1, round(len(pictures) ** 0.5)))

@@ -209,6 +209,11 @@ class Trainer:
         if self.run_log:
             self.run_log.picture(name, image_hwc, self.clock.step)
 
+    def log_film(self, name: str, frames_thwc: np.ndarray, fps: float) -> None:
+        """Show a film; rank 0 writes it."""
+        if self.run_log:
+            self.run_log.film(name, frames_thwc, fps, self.clock.step)
+
     def write_row(self) -> None:
         """Write this step's row where one is due, or where an observer added to it."""
         rates = {k: v for k, v in self._row.items() if k.startswith("train/lr")}
