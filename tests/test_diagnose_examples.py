@@ -55,7 +55,7 @@ def test_the_examples_of_the_original(
         "path1,path2,path3": "conv_in,mid_block,conv_out",
     }
     words = [known.get(word, word) for word in shlex.split(example)]
-    monkeypatch.setattr(diagnose, "_MODEL", "random-small")
+    monkeypatch.setattr(diagnose, "_MODEL", str(tmp_path / "custom"))
     monkeypatch.chdir(tmp_path)
     if "--help" in words:
         with pytest.raises(SystemExit) as left:
@@ -104,7 +104,7 @@ def test_the_commands_of_the_page(
     """With random weights, without a compiler's seconds, in a folder of its own; placeholders get a value."""
     (tmp_path / "bad_paths.txt").write_text("conv_in\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diagnose, "_MODEL", "random-small")
+    monkeypatch.setattr(diagnose, "_MODEL", str(tmp_path / "VAE"))
     save_vae(tmp_path / "VAE")
     (tmp_path / "vae_diagnostic_output").mkdir()
     (tmp_path / "vae_diagnostic_output" / "bad_paths.txt").write_text("conv_in\n")

@@ -306,7 +306,7 @@ def test_a_played_session_is_a_recording_that_trains(tmp_path: Path) -> None:
         session.zipped("sound")
 
 
-def test_the_real_games_end_ends_its_episode() -> None:
+def test_the_real_games_end_ends_its_episode(monkeypatch: pytest.MonkeyPatch) -> None:
     recording = Recording("real")
     frames = [np.full((32, 32, 3), k, np.uint8) for k in range(4)]
     recording.begin(frames[0])
@@ -317,6 +317,11 @@ def test_the_real_games_end_ends_its_episode() -> None:
     recording.begin(frames[2])
     recording.add(4, frames[3])
     recording.end()
+    assert not recording.full
+    monkeypatch.setattr("rqvae.play.recording.MOST", 3 * frames[0].nbytes)
+    assert recording.full
+    recording.begin(frames[0])
+    recording.add(0, frames[1])
     rows = recording.rows.arrays()
     assert list(rows["action"]) == [1, 2, 4]
     assert list(rows["episode"]) == [0, 0, 1]

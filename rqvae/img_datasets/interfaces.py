@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from rqvae.contracts import check_shape, check_type
-from rqvae.errors import BadInput
+from rqvae.img_datasets.stacking import Named, stacked
 from rqvae.img_datasets.tensor_fields import TensorFields, register_pytree
 from rqvae.randomness import Draw, fill, generator
 
@@ -387,40 +387,9 @@ class LabeledImageDatasetWrapper(Dataset[LabeledImageData]):
         Raises:
             BadInput: samples whose tensors differ in shape, or of which only some have a field.
         """
-        return _stack([_Named("sample", s) for s in samples])
+        return stacked([Named("sample", s) for s in samples])
 
 
 def _unit_range(pixels: Tensor | None) -> Tensor | None:
     """uint8 as float in [0, 1]; what is float, or not there, as it is."""
     return pixels.float() / 255 if pixels is not None and pixels.dtype == torch.uint8 else pixels
-
-
-@dataclass
-class _Named:
-    """A value and the path of fields that led to it, for error messages."""
-
-    name: str
-    value: Any
-
-
-def _stack(items: Sequence[_Named]) -> Any:
-    """Batch of values of one kind; see `default_collate_fn`."""
-    first, values = items[0], [item.value for item in items]
-    if any((v is None) != (first.value is None) for v in values):
-        raise BadInput(f"{first.name}: expected in every sample of a batch or in none, got some of each")
-    if first.value is None:
-        return None
-    if isinstance(first.value, Tensor):
-        shapes = {tuple(v.shape) for v in values}
-        if len(shapes) > 1:
-            raise BadInput(f"{first.name}: expected one shape in a batch, got {sorted(shapes)}")
-        return torch.stack(values)
-    if isinstance(first.value, TensorFields):
-        names = [f.name for f in fields(first.value)]  # type: ignore[arg-type]
-        parts = {n: _stack([_Named(f"{first.name}.{n}", getattr(v, n)) for v in values]) for n in names}
-        return type(first.value)(**parts)
-    if isinstance(first.value, dict):
-        return {k: _stack([_Named(f"{first.name}.{k}", v.get(k)) for v in values]) for k in first.value}
-    if first.name.endswith((".num_classes", ".num_actions", ".encoded", ".cached")):
-        return first.value
-    return list(values)

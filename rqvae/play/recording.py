@@ -17,8 +17,8 @@ from rqvae.games.collect import SCHEMA, Rows, write_recording
 
 Frame = npt.NDArray[np.uint8]
 
-MOST = 20_000
-"""Frames of a recording: 60 MB of memory at 32 pixels, and 22 minutes at 15 frames a second."""
+MOST = 64 * 2**20
+"""Bytes of a recording's frames: at 32 pixels 24 minutes of 15 frames a second."""
 
 
 @dataclass
@@ -37,6 +37,11 @@ class Recording:
     def __len__(self) -> int:
         return len(self.rows.frames)
 
+    @property
+    def full(self) -> bool:
+        """Whether it takes no more frames."""
+        return bool(len(self)) and len(self) * self.rows.frames[0].nbytes >= MOST
+
     def begin(self, frame: Frame) -> None:
         """A new episode that begins with this frame."""
         self._frame = frame
@@ -44,7 +49,7 @@ class Recording:
 
     def add(self, action: int, frame: Frame | None, reward: float = 0.0) -> None:
         """The action that was taken, and the frame after it: None ends the episode."""
-        if self._frame is None or len(self) >= MOST:
+        if self._frame is None or self.full:
             return
         self.rows.append(self._frame, action, reward, done=frame is None, episode=self._episode)
         self._frame = frame

@@ -22,6 +22,7 @@ from importlib.resources import files
 from typing import Any
 
 from rqvae.errors import BadInput
+from rqvae.play.recording import Recording
 from rqvae.play.session import Session, Tick, World, png
 
 try:
@@ -193,14 +194,14 @@ async def _stream(
             tick = await asyncio.to_thread(player.session.tick)
         spent = max(time.monotonic() - since, 1 / fps)
         rate = 1 / spent if not rate else 0.9 * rate + 0.1 / spent
-        await socket.send_bytes(pack(tick, rate, len(player.session.recordings["dream"])))
+        await socket.send_bytes(pack(tick, rate, player.session.recordings["dream"]))
 
 
-def pack(tick: Tick, rate: float, recorded: int = 0) -> bytes:
-    """A frame as one binary message, with how many frames are recorded."""
+def pack(tick: Tick, rate: float, recording: Recording) -> bytes:
+    """A frame as one binary message, with how much is recorded."""
     dream = png(tick.dream)
     real = b"" if tick.real is None else png(tick.real)
     facts: dict[str, float] = {"step": tick.step, "ms": round(tick.milliseconds, 2), "fps": round(rate, 1)}
-    facts |= {"recorded": recorded, "dream": len(dream)}
+    facts |= {"recorded": len(recording), "full": recording.full, "dream": len(dream)}
     header = json.dumps(facts).encode()
     return struct.pack(">I", len(header)) + header + dream + real
