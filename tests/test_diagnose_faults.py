@@ -135,8 +135,11 @@ def test_150_drawn_faults_of_15_kinds_are_found_and_healthy_code_is_not_flagged(
 
 
 def check_inductor() -> None:
-    """Its code with a fault of each kind, and without; it takes a rounding to bf16 and back out again (pointless_convert
-    in torch/_inductor/fx_passes/joint_graph.py), after which the code is right."""
+    """Its code with a fault of each kind, and without.
+
+    Not with a rounding to bf16 and back: it takes that out of a graph again (pointless_convert in
+    torch/_inductor/fx_passes/joint_graph.py), after which the code is right.
+    """
     faults = [(target, kind) for target, kind in drawn_faults(len(KINDS)) if kind != "round"]
     tally = tally_of(faults, "inductor", lambda target: [target])
     print("inductor:", tally)
