@@ -131,9 +131,19 @@ def test_150_drawn_faults_of_15_kinds_are_found_and_healthy_code_is_not_flagged(
     whole = tally_of(drawn_faults(len(KINDS)), paths=lambda _: None)
     print("all submodules:", whole)
     whole.check()
-    real = tally_of(drawn_faults(len(KINDS)), "inductor", lambda target: [target])
-    print("inductor:", real)
-    real.check()
+    check_inductor()
+
+
+def check_inductor() -> None:
+    """Its code with a fault of each kind, and without.
+
+    Not with a rounding to bf16 and back: it takes that out of a graph again (pointless_convert in
+    torch/_inductor/fx_passes/joint_graph.py), after which the code is right.
+    """
+    faults = [(target, kind) for target, kind in drawn_faults(len(KINDS)) if kind != "round"]
+    tally = tally_of(faults, "inductor", lambda target: [target])
+    print("inductor:", tally)
+    tally.check()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         subject = RandomDecoder("random-small").subject(Request(latent_size=8, dtype=dtype))
         leaves = [unit.path for unit in walk(subject.root) if unit.leaf]
