@@ -188,6 +188,16 @@ def test_some_samples_have_a_clean_context_and_their_last_frame_is_the_target() 
     torch.testing.assert_close(losses.per_sample[1], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_what_is_added_to_an_answer_is_never_noised() -> None:
+    """Of a network that answers zero: a clean frame before is the answer; after noised ones there is only the zero."""
+    model = world(random=False, context_noise_share=0.6).train()
+    encodings, inputs = batch(model)
+    inputs = replace(inputs, draws={**inputs.draws, "context_level": torch.tensor([0.5, 0.7])})
+    output = model(encodings, inputs)
+    assert output.zs_pred[0].abs().max() == 0
+    assert torch.equal(output.zs_pred[1], inputs.condition.context[1])
+
+
 def test_every_parameter_learns_and_an_untrained_model_copies() -> None:
     model = world().train()
     encodings, inputs = batch(model)
