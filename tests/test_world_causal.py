@@ -146,7 +146,7 @@ def test_guidance_asks_under_the_null_action_too() -> None:
     model = world().eval()
     condition, x, t = batch(model)[1].condition, torch.randn(2, *SHAPE), torch.tensor(0.7, dtype=torch.float64)
     with torch.no_grad():
-        got = ClassifierFree(3.0)(model._predictor(condition), x, t, condition)
+        got = ClassifierFree(3.0)(model._predict_under(condition), x, t, condition)
         with_actions, without = (model._predict(x, t, each) for each in (condition, condition.null()))
     torch.testing.assert_close(got, without + 3 * (with_actions - without), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(with_actions, without, atol=1e-4)
