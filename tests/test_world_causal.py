@@ -146,7 +146,7 @@ def test_guidance_asks_under_the_null_action_too() -> None:
     model = world().eval()
     condition, x, t = batch(model)[1].condition, torch.randn(2, *SHAPE), torch.tensor(0.7, dtype=torch.float64)
     with torch.no_grad():
-        got = ClassifierFree(3.0)(model._predictor(condition), x, t, condition)
+        got = ClassifierFree(3.0)(model._predict_under(condition), x, t, condition)
         with_actions, without = (model._predict(x, t, each) for each in (condition, condition.null()))
     torch.testing.assert_close(got, without + 3 * (with_actions - without), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(with_actions, without, atol=1e-4)
@@ -186,6 +186,16 @@ def test_some_samples_have_a_clean_context_and_their_last_frame_is_the_target() 
     expected = (played[1] - encodings.zs[1]).square().mean()
     losses = model.compute_loss(encodings, output, inputs)
     torch.testing.assert_close(losses.per_sample[1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_added_to_an_answer_is_never_noised() -> None:
+    """Of a network that answers zero: a clean frame before is the answer; after noised ones there is only the zero."""
+    model = world(random=False, context_noise_share=0.6).train()
+    encodings, inputs = batch(model)
+    inputs = replace(inputs, draws={**inputs.draws, "context_level": torch.tensor([0.5, 0.7])})
+    output = model(encodings, inputs)
+    assert output.zs_pred[0].abs().max() == 0
+    assert torch.equal(output.zs_pred[1], inputs.condition.context[1])
 
 
 def test_every_parameter_learns_and_an_untrained_model_copies() -> None:

@@ -90,7 +90,7 @@ def noise(model: TwoStage, n: int = 2) -> torch.Tensor:
 def asked(model: TwoStage) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
     """(x, t, condition) of every question that a sampler asks from now on."""
     questions: list[tuple[torch.Tensor, torch.Tensor, Any]] = []
-    predictor = model.stage2._predictor
+    predictor = model.stage2._predict_under
 
     def noting(given: Any) -> Any:
         predict = predictor(given)
@@ -101,7 +101,7 @@ def asked(model: TwoStage) -> list[tuple[torch.Tensor, torch.Tensor, Any]]:
 
         return predict_and_note
 
-    model.stage2._predictor = noting
+    model.stage2._predict_under = noting
     return questions
 
 

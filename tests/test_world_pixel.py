@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from rqvae.configuration import read
 from rqvae.diffusion.sampling import Sampler
 from rqvae.errors import BadInput
 from rqvae.games.collect import collect
@@ -25,7 +27,10 @@ from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import fill
 from rqvae.trainers.dream import Dream, frame_noise
+from rqvae.trainers.dry_run import assume_statistics
 from rqvae.trainers.evaluation_trainer import load_stage1
+from rqvae.trainers.stage2_trainer import make_two_stage
+from rqvae.trainers.step_cost import step_work
 from tests.conftest import ROOT, only
 
 SPEC = DataSpec((3, 16, 16), num_actions=5, history=2, context=True)
@@ -203,8 +208,6 @@ def test_pixels_as_the_autoencoder_need_no_checkpoint() -> None:
 @pytest.mark.slow
 def test_a_run_names_its_autoencoder_and_refuses_another(tmp_path: Path, cli, capfd) -> None:
     """`train`, then `rollout`: the checkpoint has no weight of Stage1, meta.json has its hash."""
-    from rqvae.configuration import read
-
     collect("maze-chase", 300, 32, tmp_path / "frames")
     common = {"train": {"steps": 1}, "logging": {"wandb": "disabled"}, "pictures": {"every": None}}
     config = yaml.safe_load((ROOT / "configs/maze_chase/world_model_pixel.yaml").read_text()) | common
@@ -231,3 +234,23 @@ def test_a_run_names_its_autoencoder_and_refuses_another(tmp_path: Path, cli, ca
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(one), str(two)))
     assert cli("rollout", run, "--starts", 1, "--horizon", 3, "--seeds", "0") == 2
     assert "was trained on Stage1 weights" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("loss_space", ["latent", "pixel", "both"])
+def test_the_cost_of_a_step_is_what_torch_counts(loss_space: str) -> None:
+    """The frozen autoencoder inside costs two forwards where a gradient goes through it, and one where none does.
+
+    A DiT, as torch's counter takes the backward of a depthwise convolution for that of a full one.
+    """
+    backbone = "--stage2.init_args.backbone"
+    options = [backbone, "rqvae.models.stage2.dit.DiT", f"{backbone}.init_args.patch", "1"]
+    options += ["--stage2.init_args.loss_space", loss_space]
+    run = read([str(ROOT / "configs/maze_chase/world_model_pixel.yaml")], options).instantiate()
+    estimate = sum(work.flops for work in step_work(run))
+    model = make_two_stage(run).train()
+    assume_statistics(model)
+    draws = {name: x[None] for name, x in fill(model.stage2.draws(model.latent_shape), 0, 0).items()}
+    condition = ActionCondition(torch.rand(1, 4, 3, 32, 32), torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 5)
+    with FlopCounterMode(display=False) as counter:
+        model.training_loss(LabeledImageData(torch.rand(1, 3, 32, 32), condition, draws=draws))[0].loss_total.backward()
+    assert estimate == pytest.approx(counter.get_total_flops(), rel=0.08)

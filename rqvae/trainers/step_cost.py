@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rqvae.callbacks.throughput import Work
 from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.models.codec import Codec
 from rqvae.models.interfaces import Stage1Encodings, Stage1ModelOutput
 from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.models.losses.lpips import LPIPSLoss
@@ -85,10 +86,34 @@ def _stage2(run: Stage2Run) -> tuple[Work, ...]:
     encoded = 0 if run.data.cache else 1 + (spec.history + spec.rollout_steps - 1 if spec.context else 0)
     encode = _flops(stage1, lambda: stage1.encode(batch)) if encoded else 0.0
     encodings = Stage1Encodings(torch.empty(1, *two_stage.latent_shape, dtype=float_type(run.train.precision)))
-    forward = _flops(stage2, lambda: stage2(encodings, batch))
-    if stage2.in_pixels:  # no frame is encoded before, and the frozen encoder inside has no gradients of its own
-        return (Work(3 * forward - encode),)
-    return (Work(encoded * encode), Work(3 * forward))
+    inside = _CountedCodec(stage1, two_stage.connector)
+    stage2.attach(inside)
+    forward = _flops(stage2, lambda: stage2(encodings, batch))  # what goes through the codec is in it twice
+    trained = forward - 2 * sum(once for once, _ in inside.done)
+    before = 0.0 if stage2.in_pixels else encoded * encode
+    return (Work(before), Work(3 * trained + sum(both for _, both in inside.done)))
+
+
+@dataclass(frozen=True)
+class _CountedCodec(Codec):
+    """Notes the operations of each use: of the forward, and with the backward, which a frozen module has for its input.
+
+    Each use is computed twice, once to be counted.
+    """
+
+    done: list[tuple[float, float]] = field(default_factory=list)
+
+    def encode(self, images_bchw: Tensor) -> Tensor:
+        self._note(images_bchw, lambda: Codec.encode(self, images_bchw))
+        return Codec.encode(self, images_bchw)
+
+    def decode(self, zs_bchw: Tensor) -> Tensor:
+        self._note(zs_bchw, lambda: Codec.decode(self, zs_bchw))
+        return Codec.decode(self, zs_bchw)
+
+    def _note(self, x: Tensor, forward: Callable[[], Any]) -> None:
+        once = _flops(self.stage1, forward)
+        self.done.append((once, 2 * once if x.requires_grad else once))
 
 
 def _flops(module: nn.Module, forward: Callable[[], Any]) -> float:

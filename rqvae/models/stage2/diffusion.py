@@ -171,7 +171,7 @@ class LatentDiffusion(Stage2Model):
         noise = noise.to(at_least_fp32(noise))
         condition = self._condition(inputs)
         zs, nfe = (sampler or self.sampler)(
-            self._predictor(condition),
+            self._predict_under(condition),
             noise,
             condition,
             KeyedNoise(noise),
@@ -203,7 +203,7 @@ class LatentDiffusion(Stage2Model):
 
         return Denoiser(guided, self.path, self.prediction)
 
-    def _predictor(self, condition: Condition | None) -> Predict:  # noqa: ARG002
+    def _predict_under(self, condition: Condition | None) -> Predict:  # noqa: ARG002
         """What a sampler asks while it makes one batch under this condition; work may be shared between its steps."""
         return self._predict
 

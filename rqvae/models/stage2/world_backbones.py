@@ -146,7 +146,7 @@ class CausalBackbone(nn.Module):
         backbone: class of the network, a `CausalDiT`.
         residual: add the frame before to each answer: itself where it is clean, as it is while one plays, and the
             network's answer for it where it is noised. Adding the noised frame, however weighted, leaves its noise to
-            be cancelled: eight windows were then learned to 25 % of the first loss where they now go below 2 %.
+            be cancelled: in 400 steps eight windows were then learned to 25 % of the first loss, this way to 3 %.
 
     Raises:
         BadInput: a network of another kind.

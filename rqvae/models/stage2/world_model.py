@@ -236,7 +236,7 @@ class WorldModel(LatentDiffusion):
         parts = {"levels": t_bs[:, 1:], "target": target[:, 1:], "weight": weight_bs}
         return Stage2ModelOutput(zs_pred=answer[:, 1:], zs_degraded=x_t[:, 1:], additional_attr=parts)
 
-    def _predictor(self, condition: Condition | None) -> Predict:
+    def _predict_under(self, condition: Condition | None) -> Predict:
         """In the workflow causal the context's keys and values are computed once and kept for all steps.
 
         Guidance asks under other conditions too, for which the whole window is computed.
