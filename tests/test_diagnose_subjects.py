@@ -162,7 +162,8 @@ def test_an_autoencoder_dc_of_diffusers(tmp_path: Path) -> None:
     assert others == {"up_blocks", "up_blocks.1.0.attn.to_qkv_multiscale"}
     assert all(rows[path]["status"] == "CONTAINER" for path in others)
     target = "up_blocks.1.0.attn.to_qkv_multiscale.0.proj_in"
-    rows = diagnose(subject, FaultyCompiler([f"{target}:flip"], inner="eager"))
+    attention = [path for path in rows if path.startswith("up_blocks.1.0.attn")]
+    rows = diagnose(subject, FaultyCompiler([f"{target}:flip"], inner="eager"), paths=attention)
     assert flagged(rows, "culprit") == {target}
     assert rows["up_blocks.1.0.attn"]["role"] == "inherited"
 
