@@ -1,4 +1,5 @@
 # make setup    the environment in .venv (everything that the tests need)
+# make play     play inside the world model that comes with the package: http://127.0.0.1:8765
 # make demo     record, train both stages, sample, score, report: runs/demo/report/index.html
 # make test     what CI runs, under 15 minutes on 2 cores
 # make test-all make test, what is slow, and a part of it on torch 2.7
@@ -10,7 +11,7 @@ PY := $(VENV)/bin/python
 # Spinning OpenMP threads make a step 10 x slower when the cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test test-all test-torch27 coverage lint docs site figures clean
+.PHONY: setup demo play test test-all test-torch27 coverage lint docs site figures clean
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt pyproject.toml
@@ -21,6 +22,9 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 
 demo: setup
 	$(PY) -m rqvae demo
+
+play: setup
+	$(PY) -m rqvae play maze-chase
 
 lint: setup
 	$(PY) -m ruff check .

@@ -24,6 +24,7 @@ README = (ROOT / "README.md").read_text()
 NOT_RUN = {
     "make demo": "ten minutes; tests/test_demo.py runs the same command with budgets of seconds",
     "make test": "is what runs this test",
+    "make play": "serves until Ctrl-C; tests/test_world_commands.py plays the same model",
     "make setup": "downloads 7 GB",
     "make PYTHON=python3.12 demo": "needs that interpreter; otherwise as make demo",
     "make docs": "tests/test_docs.py compares the pages that it writes",

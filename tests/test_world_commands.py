@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import rqvae
+from rqvae import shipped
 from rqvae.games.collect import collect
+from rqvae.games.maze_chase import MazeChase
 from tests.conftest import ROOT, only
 
 
@@ -70,10 +73,23 @@ def test_rollout_refuses_what_is_no_world_model(run: Path, tmp_path: Path, cli, 
     assert "python -m rqvae rollout" in capfd.readouterr().err
 
 
-def test_play_serves_a_browser_and_ends_with_ctrl_c(run: Path) -> None:
+def test_the_model_of_the_package_knows_the_game(tmp_path: Path, cli) -> None:
+    """On windows that it never saw; its card has all scores on more of them."""
+    size = sum(file.stat().st_size for file in shipped.folder("maze-chase").rglob("*"))
+    assert size < 15e6
+    out = tmp_path / "scores.json"
+    assert cli("rollout", "maze-chase", "--starts", 8, "--horizon", 4, "--seeds", 7, "--threads", 1, "--json", out) == 0
+    scores = json.loads(out.read_text())
+    assert scores["one_step"]["psnr_moving"] > scores["one_step"]["copy_last_moving"] + 10
+    assert scores["blocked_refused"] > 0.88
+    assert scores["open_turns_null"] < 0.2 < 0.8 < scores["open_turns"]
+    assert rqvae.load("maze-chase").spec.names == MazeChase(32).action_names
+
+
+def test_play_serves_a_browser_and_ends_with_ctrl_c() -> None:
     """The command itself: a port of its own, frames over a real socket, keys, and an end without a trace."""
     client = pytest.importorskip("websockets.sync.client")
-    line = [sys.executable, "-m", "rqvae", "play", str(run), "--port", "0", "--fps", "50"]
+    line = [sys.executable, "-m", "rqvae", "play", "maze-chase", "--port", "0", "--fps", "50"]
     server = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
