@@ -14,8 +14,9 @@ def main() -> None:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.insert(0, os.getcwd())
     from rqvae.cli import run
+    from rqvae.processes import end
 
-    sys.exit(run(sys.argv[1:]))
+    end(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

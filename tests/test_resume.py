@@ -71,17 +71,17 @@ def test_finished_run_is_left_alone_and_fresh_starts_anew(tmp_path: Path, cli, c
 def test_signal_checkpoints_first(number: int, code: int, world: int, group: bool, tmp_path: Path, cli) -> None:
     """With loader workers, which get the signal too where it goes to the whole group."""
     line = command("configs/debug/stage2.yaml", tmp_path, "--observers", SLOW, "--checkpoint.every", 1000)
-    line += ["--data.workers", 2, "--train.stop_check_seconds", 0.2]
+    line += ["--data.workers", 2, "--train.stop_check_seconds", 0.2, "--train.steps", 40]
     process = start(*line, "--world-size", world, start_new_session=True)
     run = wait_for_step(tmp_path, 3)
     (os.killpg if group else os.kill)(process.pid, number)
     returned, errors = finish(process, 25)
     assert returned == code, errors
     step = len(rows(run))
-    assert step < 20
+    assert step < 40
     assert tensors(run, step)
     assert cli(*line) == 0
-    assert [row["step"] for row in rows(run)] == list(range(1, 21))
+    assert [row["step"] for row in rows(run)] == list(range(1, 41))
 
 
 def test_resume_keeps_channels_last(tmp_path: Path, cli) -> None:

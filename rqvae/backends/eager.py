@@ -24,6 +24,7 @@ from rqvae.backends.interfaces import Movable, Precision, ReduceOp
 from rqvae.backends.peaks import peak_tflops
 from rqvae.backends.scaling import LossScaler
 from rqvae.backends.sharded import clip_parts, only_last_reduces
+from rqvae.processes import skip_teardown
 from rqvae.shards import is_sharded
 
 T = TypeVar("T")
@@ -226,3 +227,4 @@ class EagerBackend:
         if self.world_size > 1 and dist.is_initialized():
             _LEFT.extend((dist.group.WORLD, self._host_group))
             dist.destroy_process_group()
+            skip_teardown()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from rqvae.backends.interfaces import Backend
+from rqvae.processes import end
 from rqvae.randomness import seeded
 
 STEPS, MICROS, BATCH = 10, 2, 16
@@ -310,4 +311,4 @@ def as_json(backend: Backend, checks: list[Check]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("rqvae.cli").run(["selfcheck", *sys.argv[1:]]))
+    end(importlib.import_module("rqvae.cli").run(["selfcheck", *sys.argv[1:]]))
