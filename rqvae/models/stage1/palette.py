@@ -27,7 +27,7 @@ class PaletteStage1(Stage1Model):
     parameter. Every patch x patch square is one position of K patch^2 channels, as in `PixelStage1`.
 
     Args:
-        num_classes: K.
+        num_classes: K, that of the masks: a colour that is none of these classes' becomes the nearest one, unsaid.
         patch: side of the squares.
 
     Raises:
