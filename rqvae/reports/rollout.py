@@ -69,7 +69,7 @@ def write_rollout_page(
     protocol = scores["protocol"]
     line = f"{protocol['starts']} starts, {protocol['horizon']} frames, seeds {', '.join(map(str, protocol['seeds']))}."
     page = Page(f"World model {name}", line, "The page loads nothing: pictures and drawings are inside it.")
-    page.tiles(*_tiles(scores))
+    page.tiles(*world_tiles(scores))
     page.heading("Dreams beside the real game")
     _add_films(page, pictures)
     page.heading("Scores")
@@ -87,7 +87,8 @@ def write_rollout_page(
     return page.write(path)
 
 
-def _tiles(scores: Mapping[str, Any]) -> list[Tile]:
+def world_tiles(scores: Mapping[str, Any]) -> list[Tile]:
+    """The scores that are read first, of `rqvae.trainers.rollout.evaluate`."""
     step, last = scores["one_step"], list(scores["player_visible"])[-1]
     copied = step["copy_last_moving"]
     words = "copying has no moving pixel" if copied is None else f"copying the last frame: {copied:.1f} dB"
