@@ -425,7 +425,9 @@ def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path: Path) -> None:
 
 
 def test_collect_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected one of maze-chase, got chess"):
+    with pytest.raises(
+        BadInput, match="expected maze-chase, a folder of frames or an environment of Gymnasium, got chess"
+    ):
         collect("chess", 10, 32, tmp_path / "a")
     with pytest.raises(BadInput, match="frames"):
         collect("maze-chase", 0, 32, tmp_path / "a")

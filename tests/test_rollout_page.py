@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +123,15 @@ def copier(context: np.ndarray, past: np.ndarray, ahead: np.ndarray, seed: int) 
 
 def test_over_re_runs_do_not_count(game: MazeChase) -> None:
     windows = maze_windows(game, 3, history=2, horizon=4, seed=2)
-    whole = make_baselines(game, windows, 0)
+    baselines = make_baselines(game, windows, 0)
+    whole = baselines.again
+    assert whole is not None
     broken = whole.reruns.copy()
     broken[1] = 0
     running = whole.running.copy()
     running[1] = False
-    without = rollout_scores(windows.future, windows, [4], type(whole)(whole.mean, whole.steps, broken, running))["4"]
+    cut = replace(baselines, again=replace(whole, reruns=broken, running=running))
+    without = rollout_scores(windows.future, windows, [4], cut)["4"]
     assert without["rerun_running"] < 1
     both = whole.reruns[[0, 2], 3][whole.running[[0, 2], 3]], windows.future[[0, 2], 3][whole.running[[0, 2], 3]]
     error = np.square((both[0].astype(float) - both[1]) / 255).mean()
