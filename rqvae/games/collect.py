@@ -30,7 +30,10 @@ class Game(Playable, Protocol):
     """What can be recorded."""
 
     action_names: tuple[str, ...]
-    version: int | str
+
+    @property
+    def version(self) -> int | str:
+        """What must be the same for the same frames."""
 
     def reset(self, seed: int) -> npt.NDArray[np.uint8]:
         """Start an episode; returns its first frame (H, W, 3)."""
