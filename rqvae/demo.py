@@ -1,6 +1,7 @@
 """`python -m rqvae demo`: the whole way on a laptop, by the same commands that a user types.
 
-Record maze frames, train the autoencoder, reconstruct the test split, train the generator, sample, score, report.
+Record a maze game, train the autoencoder, reconstruct the test split, keep the latents, train the model of the next
+frame on them, score its dreams beside the real game, show some, report.
 Budgets are in steps, so that a busy machine changes the time and not the result; what is done is not done again.
 """
 
@@ -20,11 +21,18 @@ from typing import Any
 import numpy as np
 
 from rqvae.errors import RunFailed
+from rqvae.files import write_json, write_whole
 from rqvae.processes import die_with_parent
 from rqvae.reports.demo import write_demo_report
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "maze_chase"
 FRAMES, SIZE = 20_000, 32
+STEPS = 2000
+"""Of the world model, whose config is made for a longer training."""
+SHOWN = 4
+"""Dreams of the film."""
+SCORES = ("one_step", "open_turns", "blocked_refused", "player_visible", "ghosts_visible", "detector_error")
+"""What summary.json takes from the evaluation."""
 
 
 @dataclass
@@ -36,12 +44,14 @@ class Demo:
         threads: OpenMP threads of each part, 0 to leave torch's choice.
         overrides: config overrides of both trainings, for a shorter demo.
         frames: how many to record.
+        starts: real windows, for each of three seeds, from which the dreams that are scored begin.
     """
 
     root: Path
     threads: int = 0
     overrides: tuple[str, ...] = ()
     frames: int = FRAMES
+    starts: int = 24
     parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
@@ -52,34 +62,45 @@ class Demo:
         times = self.root / "parts.json"
         self.parts = json.loads(times.read_text()) if times.exists() else {}
         frames = self.root / "frames"
-        data = ["--data.dataset.init_args.root", str(frames), *self.overrides]
-        job = ["--save-dir", str(self.root), *(["--threads", str(self.threads)] if self.threads else [])]
-        self._part(
-            "collect",
-            ["collect", "maze-chase", "--frames", str(self.frames), "--size", str(SIZE), "--out", str(frames)],
-        )
-        train = ["train", *job, "--project", "train"]
-        self._part("stage1", [*train, "--stage", "1", "--run-name", "stage1", str(CONFIGS / "klvae_f4.yaml"), *data])
+        data = ["--data.dataset.init_args.root", str(frames)]
+        record = ["collect", "maze-chase", "--frames", str(self.frames), "--size", str(SIZE), "--out", str(frames)]
+        self._part("collect", record)
+        config = str(CONFIGS / "klvae_f4.yaml")
+        self._part("stage1", [*self._train(1), config, *data, *self.overrides])
         stage1 = self.newest("stage1")
-        recon = ["recon", *job, "--run-name", "recon", "--ckpt", str(stage1), str(CONFIGS / "klvae_f4.yaml")]
-        self._part("recon", [*recon, "--data.dataset.init_args.root", str(frames)])
-        config = [str(CONFIGS / "dit_frame.yaml"), "--stage1_checkpoint", str(stage1), *data]
-        self._part("stage2", [*train, "--stage", "2", "--run-name", "stage2", *config])
-        summary = self._summary({"nearest_train_psnr": self._sample()})
+        place = ["--save-dir", str(self.root), "--run-name", "recon", "--ckpt", str(stage1)]
+        self._part("recon", ["recon", *place, *self._threads, config, *data])
+        config = str(CONFIGS / "world_model_klvae.yaml")
+        data += ["--stage1_checkpoint", str(stage1), "--train.steps", str(STEPS), "--checkpoint.every", "500"]
+        data += ["--ema.decays", "[0.99]", *self.overrides]
+        latents = self.root / "latents" / stage1.name
+        self._part("latents", ["cache-latents", config, str(latents), *self._threads, *data])
+        self._part("stage2", [*self._train(2), config, *data, "--data.dataset.init_args.vae", str(latents)])
+        summary = self._summary({"nearest_train_psnr": self._judge()})
         write_demo_report(self.root)
         return summary
 
-    def _sample(self) -> float:
-        """Samples of the newest generator, and their score; an earlier call's where the generator is the same."""
+    @property
+    def _threads(self) -> list[str]:
+        return ["--threads", str(self.threads)] if self.threads else []
+
+    def _train(self, stage: int) -> list[str]:
+        place = ["--save-dir", str(self.root), "--project", "train", "--run-name", f"stage{stage}"]
+        return ["train", *place, *self._threads, "--stage", str(stage)]
+
+    def _judge(self) -> float:
+        """Score the newest world model's dreams and show some; an earlier call's score where the model is the same."""
         run, note = self.newest("stage2"), self.root / "samples.json"
         held = json.loads(note.read_text()) if note.exists() else {}
         if held.get("run") != str(run):
             import torch
 
+            out = ["--json", str(self.root / "rollout.json"), "--html", str(self.root / "rollout.html")]
+            self._part("rollout", ["rollout", str(run), *out, "--starts", str(self.starts), *self._threads])
             torch.set_num_threads(self.threads or torch.get_num_threads())
             started, cpu = time.monotonic(), time.process_time()
-            held = {"run": str(run), "nearest_train_psnr": sample_and_score(run, self.root / "samples.png")}
-            note.write_text(json.dumps(held))
+            held = {"run": str(run), "nearest_train_psnr": dream_and_score(run, self.root)}
+            write_json(note, held)
             self._add("sample", time.monotonic() - started, time.process_time() - cpu)
         return held["nearest_train_psnr"]
 
@@ -107,10 +128,12 @@ class Demo:
 
     def _summary(self, scores: dict[str, float]) -> dict[str, Any]:
         recon = json.loads((self.root / "recon" / "metrics.json").read_text())
+        world = json.loads((self.root / "rollout.json").read_text())
         summary = {
             "stage1_psnr": recon["psnr"],
             "stage1_ssim": recon["ssim"],
             **scores,
+            "world": {key: world[key] for key in SCORES},
             "cpu_seconds": round(sum(part["cpu_seconds"] for part in self.parts.values()), 1),
             "seconds": round(sum(part["seconds"] for part in self.parts.values()), 1),
             "parts": self.parts,
@@ -130,35 +153,44 @@ def _children_cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def sample_and_score(run: Path, out: Path, per_action: int = 8, seed: int = 0) -> float:
-    """Draw `per_action` frames under each action, a row an action, and say how near they are to the train split.
+def dream_and_score(run: Path, root: Path, starts: int = 8, seed: int = 0) -> float:
+    """Dream from real windows: samples.png, one row an action that is held for three frames; dream.gif, four dreams.
 
     Returns:
         The mean over the samples of the PSNR (dB) to the most similar train frame: low when a sample is like no frame
         of the game.
     """
-    import torch
     from PIL import Image
 
+    from rqvae.api import load
     from rqvae.configuration import read
-    from rqvae.img_datasets.interfaces import ActionCondition
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.games.windows import maze_windows
+    from rqvae.img_datasets.game_frames import GameFrames
+    from rqvae.metrics.animations import beside, gif_bytes
     from rqvae.metrics.grids import image_grid
-    from rqvae.run import Stage2Run
-    from rqvae.trainers.evaluation_trainer import as_pictures
-    from rqvae.trainers.stage2_trainer import load_two_stage, seeded_noise
+    from rqvae.trainers.dream import model_numbers
+    from rqvae.trainers.rollout import HELD, Dreamer
 
-    experiment = read([run / "config.yaml"], inference=True).instantiate()
-    assert isinstance(experiment, Stage2Run)
-    two_stage = load_two_stage(experiment, run)
-    dataset, _ = experiment.data.make("train")
+    pipeline = load(str(run))
+    assert pipeline.two_stage is not None
+    spec, game = pipeline.spec, MazeChase(SIZE, num_ghosts=1)
+    dreamer = Dreamer(pipeline.two_stage, spec.num_actions, model_numbers(spec.names, game.action_names))
+    windows = maze_windows(game, starts, history=spec.history, horizon=64, seed=seed)
+    past, ahead = np.split(windows.actions, [spec.history - 1], axis=1)
+    held = [np.full((starts, HELD), action) for action in range(spec.num_actions)]
+    pictures = np.concatenate([dreamer(windows.context, past, actions, seed)[:, -1] for actions in held])
+    pictures = pictures.transpose(0, 3, 1, 2)
+    Image.fromarray(image_grid(pictures, columns=starts)).save(root / "samples.png")
+    shown = slice(0, SHOWN)
+    dreams = dreamer(windows.context[shown], past[shown], ahead[shown], seed)
+    film = np.concatenate([beside(dream, real) for dream, real in zip(dreams, windows.future, strict=False)], axis=2)
+    write_whole(root / "dream.gif", gif_bytes(film, fps=8, scale=2))
+    dataset, _ = read([run / "config.yaml"], inference=True).instantiate().data.make("train")
+    assert isinstance(dataset, GameFrames)
     dataset.open()
-    spec = dataset.spec
-    actions = torch.arange(spec.num_actions).repeat_interleave(per_action)[:, None]
-    condition = ActionCondition(None, actions, torch.ones_like(actions, dtype=torch.bool), spec.num_actions)
-    pictures = as_pictures(two_stage.decode(two_stage.sample(condition, seeded_noise(two_stage, seed, len(actions)))))
-    Image.fromarray(image_grid(pictures, columns=per_action)).save(out)
-    train = torch.stack([dataset[i].require_img() for i in range(len(dataset))])
-    return float(np.mean(nearest_psnr(pictures, train.numpy())))
+    frames = np.concatenate([dataset.episode(k)[0] for k in range(dataset.episodes)]).transpose(0, 3, 1, 2)
+    return float(np.mean(nearest_psnr(pictures, frames)))
 
 
 def nearest_psnr(samples: np.ndarray, frames: np.ndarray) -> np.ndarray:

@@ -39,6 +39,17 @@ def seeded(*key: int | str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """After this context torch's own generator is as it was before.
+
+    One at a time with `seeded`: `torch.random.fork_rng` alone, in a rank that is a thread, puts back a state that
+    another rank has drawn from meanwhile, which then draws the same start weights twice.
+    """
+    with _GLOBAL, torch.random.fork_rng(devices=[]):
+        yield
+
+
 def generator(*key: int | str) -> torch.Generator:
     """A host generator seeded with :func:`fold` of the key."""
     return torch.Generator().manual_seed(fold(*key))

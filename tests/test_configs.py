@@ -49,10 +49,14 @@ def eighth(config: dict, frames: Path) -> dict:
         drawn = {"size": 32, "images": 64, "unlabelled": 0.25, "p_cond": 0.5}
         small["data"]["dataset"] = {"class_path": "rqvae.img_datasets.tissue.ProceduralTissue", "init_args": drawn}
         config["data"].pop("train_transform", None)
+    if dataset["class_path"].endswith("MaskPictures"):  # its autoencoder takes nothing but masks
+        small["data"].pop("dataset")
+        dataset["init_args"]["masks"]["init_args"] |= {"size": 32, "images": 64}
     config["data"] |= small.pop("data")
     if dataset["init_args"].get("context"):
         collect("maze-chase", 400, 32, frames)
-        config["data"]["dataset"] = {**dataset, "init_args": {**dataset["init_args"], "root": str(frames)}}
+        recorded = {"root": str(frames), "size": 32, "num_actions": 5}
+        config["data"]["dataset"] = {**dataset, "init_args": dataset["init_args"] | recorded}
     config |= {k: {**config.get(k, {}), **v} for k, v in small.items()}
     for update in config.get("updates", {}).values():
         update |= {"weight_decay": 0.0, "schedule": {"class_path": "rqvae.trainers.schedules.Constant"}, "lr": 1e-3}

@@ -7,11 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rqvae.demo import nearest_psnr
 from tests.conftest import finish, start
 
-SHORT = ["--frames", 4000, "--threads", 1, "--train.steps", 6, "--checkpoint.every", 3, "--data.workers", 0]
+SHORT = [
+    "--frames",
+    4000,
+    "--starts",
+    2,
+    "--threads",
+    1,
+    "--train.steps",
+    6,
+    "--checkpoint.every",
+    3,
+    "--data.workers",
+    0,
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +40,15 @@ def test_demo_leaves_its_summary_and_page(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     for key in ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "cpu_seconds", "seconds"):
         assert np.isfinite(summary[key]), key
-    assert set(summary["parts"]) == {"collect", "stage1", "recon", "stage2", "sample"}
+    assert set(summary["parts"]) == {"collect", "stage1", "recon", "latents", "stage2", "rollout", "sample"}
+    assert np.isfinite(summary["world"]["one_step"]["psnr_moving"])
+    assert list(summary["world"]["player_visible"]) == ["1", "2", "4", "8", "16", "32", "64"]
+    with Image.open(demo / "dream.gif") as film:
+        assert film.n_frames == 64
     page = (demo / "report" / "index.html").read_text()
     assert "data:image/png" in page
+    assert "data:image/gif" in page
+    assert (demo / "rollout.html").exists()
     assert f"{summary['stage1_psnr']:.4g}" in page
 
 

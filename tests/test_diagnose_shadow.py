@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from rqvae.diagnostics.compilers import TorchCompiler, find_compiler
 from rqvae.diagnostics.faults import FaultyCompiler
 from rqvae.diagnostics.ledger import GraphCompiler
+from rqvae.diagnostics.rows import Row
 from rqvae.diagnostics.session import Diagnosis
 from rqvae.diagnostics.subjects import RandomDecoder, Request, Subject
 from rqvae.diagnostics.units import ROOT
@@ -242,6 +243,52 @@ def test_beside_the_decode_it_takes_two_activations_and_5_mb() -> None:
     assert sum(sizes) > 30 * max(sizes)
     extra = peak_bytes(lambda: diagnose(subject, TorchCompiler("eager"))) - plain
     assert 0 < extra <= 2 * max(sizes) + 5e6
+
+
+def bytes_at_marks(call: Callable[[], object]) -> dict[str, int]:
+    """Memory that torch's CPU allocator has given out at each `record_function("at ...")`, the last of each name."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    marks, given_out = {}, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            given_out += event.nbytes()
+        elif event.name().startswith("at "):
+            marks[event.name()] = given_out
+    return marks
+
+
+def mark(path: str) -> None:
+    with record_function(f"at {path}"):
+        pass
+
+
+class MarksRows(Silent):
+    def row(self, row: Row) -> None:
+        mark(row["path"])
+
+
+def test_memory_is_back_after_each_unit() -> None:
+    """When a unit's row is known, the process holds what a plain decode holds after that module: nothing of the unit's
+    compiled call is left, up to the few numbers of its figures."""
+    subject = RandomDecoder("random-small").subject(Request(latent_size=16))
+    begin = subject.root.register_forward_pre_hook(lambda *_: mark("the start"))
+    after = [
+        module.register_forward_hook(lambda *_, path=path: mark(path)) for path, module in subject.root.named_modules()
+    ]
+    with torch.no_grad():
+        plain = bytes_at_marks(lambda: subject.decode(subject.latent))
+    for handle in after:
+        handle.remove()
+    with Diagnosis(subject, TorchCompiler("eager")) as diagnosis:
+        paths = list(diagnosis.units)
+        found = bytes_at_marks(lambda: diagnosis.single(paths, {}, "shadow", MarksRows()))
+    begin.remove()
+    tested = [f"at {path}" for path in paths if f"at {path}" in plain]
+    assert len(tested) > 30
+    left = {name: found[name] - found["at the start"] - plain[name] + plain["at the start"] for name in tested}
+    assert max(left.values()) < 64 * 1024, max(left.items(), key=lambda item: item[1])
 
 
 def test_same_seed_same_verdicts() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from rqvae.errors import BadInput
-from rqvae.games import collect as collect_module
+from rqvae.games import recording
 from rqvae.games import sprites as mc
 from rqvae.games.collect import collect
 from rqvae.games.maze import ACTION_NAMES, OPPOSITE, find_distances, find_ways, make_maze
@@ -393,7 +393,7 @@ def test_a_failure_in_the_middle_leaves_no_recording(tmp_path: Path, monkeypatch
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(collect_module.os, "fsync", full_disk)
+    monkeypatch.setattr(recording.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         collect("maze-chase", 900, 32, tmp_path / "half", shard_frames=300)
     assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["shard-00000.npz"]
@@ -425,7 +425,9 @@ def test_a_kill_in_the_middle_leaves_only_whole_shards(tmp_path: Path) -> None:
 
 
 def test_collect_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected one of maze-chase, got chess"):
+    with pytest.raises(
+        BadInput, match="expected maze-chase, a folder of frames or an environment of Gymnasium, got chess"
+    ):
         collect("chess", 10, 32, tmp_path / "a")
     with pytest.raises(BadInput, match="frames"):
         collect("maze-chase", 0, 32, tmp_path / "a")

@@ -80,12 +80,38 @@ def test_datasets_without_masks_are_refused(masks: partial[LabeledImageDataset],
         MaskPictures("train", masks=masks).open()
 
 
-@pytest.mark.parametrize(("classes", "patch"), [(0, 1), (256, 1), (2, 0)])
-def test_bad_numbers(classes: int, patch: int) -> None:
-    with pytest.raises(BadInput, match=f"got {patch} and {classes}"):
+@pytest.mark.parametrize(
+    ("classes", "patch", "words"),
+    [(0, 1, "num_classes: .*got 0"), (256, 1, "num_classes: .*got 256"), (2, 0, "patch: .*got 0")],
+)
+def test_bad_numbers(classes: int, patch: int, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
         PaletteStage1(classes, patch)
-    with pytest.raises(BadInput, match="not divisible by the patch 4"):
+
+
+def test_a_side_that_the_patch_does_not_divide() -> None:
+    with pytest.raises(BadInput, match="not divisible by the patch 4 of PaletteStage1"):
         PaletteStage1(3, 4).latent_shape((3, 8, 6))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--stage1.init_args.num_classes", 4], "got 4; the dataset has masks of 5"),
+        (
+            ["--data.dataset", '{"class_path": "rqvae.img_datasets.photos.SkimagePhotos", "init_args": {"size": 16}}'],
+            "got 5; the dataset has no masks in colours",
+        ),
+    ],
+)
+def test_colours_that_are_no_class_of_the_model_are_refused(more: list[object], words: str, tmp_path, cli, capfd):
+    """They would be encoded as the nearest class."""
+    place = ["--save-dir", tmp_path, "--project", "p", "--run-name", "masks"]
+    assert cli("train", CONFIG, *more, *place) == 2
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "stage1.num_classes" in line
+    assert words in line
+    assert not (tmp_path / "p").exists()
 
 
 def test_what_a_trained_generator_samples_can_be_painted_with(tmp_path: Path, cli, capfd) -> None:

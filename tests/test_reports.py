@@ -1,6 +1,7 @@
 """Report pages: what is on them equals what was in the files, and nothing is loaded from elsewhere."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,6 +16,7 @@ from PIL import Image
 from skimage import data
 
 from rqvae.errors import BadInput
+from rqvae.metrics.animations import gif_bytes
 from rqvae.reports.curves import default_keys, draw_curves, smooth
 from rqvae.reports.demo import DemoInputs, write_demo_report
 from rqvae.reports.grids import png_bytes, save_grid
@@ -31,6 +33,14 @@ SUMMARY = {
     "parts": {
         "collect": {"seconds": 4.1, "cpu_seconds": 3.3},
         "stage1": {"seconds": 364.3, "cpu_seconds": 799.92},
+    },
+    "world": {
+        "one_step": {"psnr": 28.25, "psnr_moving": 14.625, "copy_last_moving": 4.875},
+        "open_turns": 0.8125,
+        "blocked_refused": None,
+        "player_visible": {"1": 1.0, "64": 0.71875},
+        "ghosts_visible": {"1": 1.0, "64": 0.40625},
+        "detector_error": 0.0,
     },
     "extra": {"frames": 20000},
 }
@@ -114,6 +124,7 @@ def demo(tmp_path: Path) -> Path:
     photos = np.stack([data.astronaut()[k : k + 32, k : k + 32] for k in (0, 100, 200)]).transpose(0, 3, 1, 2)
     save_grid(photos, tmp_path / "recon" / "grids" / "reconstructions.png", columns=1)
     save_grid(photos, tmp_path / "samples.png", columns=1)
+    (tmp_path / "dream.gif").write_bytes(gif_bytes(photos.transpose(0, 2, 3, 1), fps=8))
     runs = [make_run(tmp_path / "train" / name, steps=steps) for name, steps in (("one", 60), ("two", 40))]
     summary = SUMMARY | {"stage1_run": str(runs[0]), "stage2_run": str(runs[1])}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
@@ -125,9 +136,9 @@ def demo(tmp_path: Path) -> Path:
 def test_demo_page_is_self_contained(demo: Path) -> None:
     page = Reader(write_demo_report(demo))
     assert page.addresses
-    assert all(address.startswith(("data:image/png;base64,", "#")) for address in page.addresses)
+    assert all(re.match(r"#|data:image/(png|gif);base64,", address) for address in page.addresses)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
-    assert page.tags.count("img") == 2
+    assert page.tags.count("img") == 3
     assert page.tags.count("svg") == 2
     text = (demo / "report" / "index.html").read_text()
     assert "@import" not in text
@@ -138,6 +149,7 @@ def test_demo_page_is_self_contained(demo: Path) -> None:
 def test_demo_page_shows_the_numbers_of_the_files(demo: Path) -> None:
     page = Reader(write_demo_report(demo))
     expected = [33.412763, 0.98731, 27.3391, 803.22, 368.4, 4.1, 3.3, 799.92, 20000, 1432231, 171777]
+    expected += [28.25, 14.625, 0.8125, 0.71875, 0.40625]
     assert set(expected) <= set(page.numbers)
     # Steps and images of both runs, from the last rows.
     assert {60, 1920, 40, 1280} <= set(page.numbers)
@@ -153,7 +165,14 @@ def test_demo_page_is_the_same_each_time_and_leaves_no_other_file(demo: Path) ->
 
 @pytest.mark.parametrize(
     "missing",
-    ["summary.json", "samples.png", "frames/meta.json", "train/two/metrics.jsonl", "train/one/config.yaml"],
+    [
+        "summary.json",
+        "samples.png",
+        "dream.gif",
+        "frames/meta.json",
+        "train/two/metrics.jsonl",
+        "train/one/config.yaml",
+    ],
 )
 def test_a_missing_file_is_named(demo: Path, missing: str) -> None:
     (demo / missing).unlink()
@@ -185,7 +204,7 @@ def test_a_key_of_another_type_is_named(demo: Path, change: dict, message: str) 
 
 def test_demo_takes_other_inputs(demo: Path) -> None:
     sheet = demo / "recon" / "grids" / "reconstructions.png"
-    inputs = DemoInputs(demo / "train" / "two", demo / "train" / "one", sheet, sheet, ["A", "B", "C"])
+    inputs = DemoInputs(demo / "train" / "two", demo / "train" / "one", sheet, sheet, sheet, ["A", "B", "C"])
     rows = Reader(write_demo_report(demo, inputs)).rows
     assert ["step", "40", "60"] in rows
 

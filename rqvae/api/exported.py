@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -28,6 +27,7 @@ from rqvae.files import file_sha256, read_json
 from rqvae.img_datasets.interfaces import DataSpec, LatentShape
 from rqvae.models.interfaces import Stage1Model, Stage2Model, base_connector
 from rqvae.models.two_stage import TwoStage
+from rqvae.randomness import kept
 from rqvae.trainers import checkpoint
 from rqvae.trainers.run_folder import check_can_write, make_folder
 
@@ -140,7 +140,7 @@ def read(folder: Path, trust_code: bool = True) -> tuple[Description, Stage1Mode
     description = Description(spec, {name: content.get(name) for name in PARTS}, content.get("source") or {})
     if not trust_code:
         _refuse_foreign_code(description.parts, folder)
-    with torch.random.fork_rng(devices=[]):  # start weights are overwritten: loading draws no number of the caller's
+    with kept():  # start weights are overwritten: loading draws no number of the caller's
         parts = build(PartsSchema, _with_sources(description.parts, folder), str(folder / CONFIG))
         two_stage = _assemble(parts, spec)
     if two_stage is not None and list(two_stage.latent_shape) != content.get("latent_shape"):

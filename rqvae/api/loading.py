@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rqvae import remote
 from rqvae.api import exported, sources
 from rqvae.api.pipeline import Pipeline
 from rqvae.configuration import read
 from rqvae.errors import BadInput
 from rqvae.files import read_json
+from rqvae.randomness import kept
 from rqvae.run import Stage1Run
 from rqvae.trainers import checkpoint
 from rqvae.trainers.evaluation_trainer import load_evaluated
@@ -99,7 +98,7 @@ def _load_run(folder: Path, path: Path, weights: str | None) -> Pipeline:
         return Pipeline(spec, run.stage1.eval(), None, description)
     if run.stage1_checkpoint is not None:
         run = replace(run, stage1_checkpoint=str(place_of(run.stage1_checkpoint, folder)))
-    with torch.random.fork_rng(devices=[]):  # start weights are overwritten: loading draws no number of the caller's
+    with kept():  # start weights are overwritten: loading draws no number of the caller's
         two_stage = load_two_stage(run, path, weights)
     at = checkpoint.find(path)
     description = exported.Description(spec, parts, describe_run(folder, at, configuration.resolved, weights))

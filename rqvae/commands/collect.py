@@ -1,4 +1,4 @@
-"""Record game frames with a scripted policy."""
+"""Record game frames with a scripted policy, or take over frames that others have recorded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from rqvae.commands.options import Parser
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae collect", description=__doc__)
-    own.add_argument("env", help="maze-chase")
+    own.add_argument(
+        "env", help="maze-chase, an environment of Gymnasium (ALE/MsPacman-v5), or a folder of PNGs with a frames.csv"
+    )
     own.add_argument("--frames", type=int, default=20000, help="frames of all episodes together")
     own.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
-    own.add_argument("--policy", default="persistent-random", help="persistent-random, forager or mixed")
+    own.add_argument(
+        "--policy", default="persistent-random", help="persistent-random; in the maze also forager or mixed"
+    )
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
-    own.add_argument("--seed", type=int, default=0, help="of the mazes and of the policy")
+    own.add_argument("--skip", type=int, default=4, help="of Gymnasium's: frames of the emulator a step")
+    own.add_argument("--max-steps", type=int, default=400, help="longest episode")
+    own.add_argument("--seed", type=int, default=0, help="of the mazes, of the policy and of the splits")
     own.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the recording")
     return own
 
@@ -28,22 +34,30 @@ def run(arguments: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from rqvae.games.collect import collect as record
+    from rqvae.games.collect import MAZE, collect, import_folder
 
-    with tqdm(total=options.frames, desc=f"collect {options.env}", unit="frame", delay=0.2) as bar:
+    folder = Path(options.env)
+    recorded = options.env != MAZE and folder.is_dir()
+    total = None if recorded else options.frames
+    with tqdm(total=total, desc=f"collect {folder.name}", unit="frame", delay=0.2) as bar:
 
         def count(new: int) -> None:
             bar.update(new)
 
-        meta = record(
-            options.env,
-            options.frames,
-            options.size,
-            options.out,
-            seed=options.seed,
-            policy=options.policy,
-            num_ghosts=options.ghosts,
-            progress=count,
-        )
+        if recorded:
+            meta = import_folder(folder, options.size, options.out, seed=options.seed, progress=count)
+        else:
+            meta = collect(
+                options.env,
+                options.frames,
+                options.size,
+                options.out,
+                seed=options.seed,
+                policy=options.policy,
+                num_ghosts=options.ghosts,
+                max_steps=options.max_steps,
+                skip=options.skip,
+                progress=count,
+            )
     sys.stdout.write(f"{options.out}: {meta['frames']} frames in {meta['episodes']} episodes\n")
     return 0

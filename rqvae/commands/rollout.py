@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from rqvae.files import write_whole
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rqvae.diffusion.sampling import Sampler
+    from rqvae.img_datasets.interfaces import DataSpec
+    from rqvae.models.two_stage import TwoStage
     from rqvae.trainers.rollout import Rollout
     from rqvae.trainers.rollout_scores import Networks
 
@@ -23,6 +27,9 @@ def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae rollout", description=__doc__)
     own.add_argument("model", metavar="RUN|NAME", help="run folder, exported folder or shipped name")
+    own.add_argument(
+        "--recording", metavar="DIR", help="begin from its test split, not from the maze: scores of frames"
+    )
     own.add_argument("--starts", type=int, default=48, help="real windows a seed to dream on from")
     own.add_argument("--horizon", type=int, default=64, help="frames of the longest dream")
     own.add_argument("--seeds", type=numbers, default=(0, 1, 2), metavar="S[,S...]", help="of windows and noise")
@@ -40,7 +47,7 @@ def parser() -> Parser:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Evaluate a world model on the maze game."""
+    """Evaluate a world model on the maze game, or on a recording."""
     options = parser().parse_args(list(arguments))
 
     from rich.console import Console
@@ -48,10 +55,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from rqvae import backends
     from rqvae.api import change_sampler
-    from rqvae.games.maze_chase import MazeChase
-    from rqvae.trainers.dream import model_numbers
     from rqvae.trainers.generate import sampler_facts
-    from rqvae.trainers.rollout import Dreamer, evaluate
     from rqvae.trainers.run_folder import make_folder
 
     for name, out in (("--json", options.json), ("--html", options.html)):
@@ -64,17 +68,13 @@ def run(arguments: Sequence[str]) -> int:
         spec, two_stage = load_world_model(options.model)
         two_stage.to(backend.device)
         sampler = change_sampler(two_stage, steps=options.steps, solver=find_solver(options.solver))
-        game = MazeChase(spec.image_shape[1], options.ghosts)
         with tqdm(desc="rollout", unit="frame", delay=0.5) as bar:
 
             def count(new: int) -> None:
                 bar.update(new)
 
-            numbers = model_numbers(spec.names, game.action_names)
-            dreamer = Dreamer(two_stage, spec.num_actions, numbers, sampler, options.batch_size, count)
-            scores = evaluate(
-                dreamer,
-                game,
+            judge = _on_recording if options.recording else _on_maze
+            scores = judge(options, spec, two_stage, sampler, count)(
                 history=spec.history,
                 starts=options.starts,
                 horizon=options.horizon,
@@ -92,6 +92,38 @@ def run(arguments: Sequence[str]) -> int:
     if options.html:
         sys.stdout.write(f"{_write_page(options, scores, shown[0])}\n")
     return 0
+
+
+Judge = Callable[..., dict[str, Any]]
+
+
+def _on_maze(
+    options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage, sampler: Sampler, count: Callable[[int], None]
+) -> Judge:
+    """The evaluation on our own game, which can be forked, looked into and played again."""
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.trainers.dream import model_numbers
+    from rqvae.trainers.rollout import Dreamer, evaluate
+
+    game = MazeChase(spec.image_shape[1], options.ghosts)
+    numbers = model_numbers(spec.names, game.action_names)
+    return partial(evaluate, Dreamer(two_stage, spec.num_actions, numbers, sampler, options.batch_size, count), game)
+
+
+def _on_recording(
+    options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage, sampler: Sampler, count: Callable[[int], None]
+) -> Judge:
+    """The evaluation on the test split of a recording; its mean frame is the train split's."""
+    from rqvae.img_datasets.game_frames import GameFrames
+    from rqvae.trainers.rollout import Dreamer, evaluate_recording
+
+    which = {"root": options.recording, "size": spec.image_shape[1], "history": spec.history}
+    which |= {"num_actions": spec.num_actions, "action_names": list(spec.names) or None}
+    train, test = GameFrames("train", **which), GameFrames("test", **which)
+    train.open()
+    test.open()
+    dreamer = Dreamer(two_stage, spec.num_actions, None, sampler, options.batch_size, count)
+    return partial(evaluate_recording, dreamer, test, train.mean_frame())
 
 
 def _networks(lpips_weights: str | None, extractor: str | None) -> Networks:
@@ -116,7 +148,8 @@ def _write_page(options: argparse.Namespace, scores: dict[str, Any], rollout: Ro
     from rqvae.reports.rollout import RolloutPictures, write_rollout_page
 
     pictures = RolloutPictures(rollout.windows.context, rollout.windows.future, rollout.dreams)
-    facts = {"model": options.model, "ghosts": options.ghosts}
+    facts: dict[str, Any] = {"model": options.model}
+    facts |= {"recording": options.recording} if options.recording else {"ghosts": options.ghosts}
     return write_rollout_page(options.html, Path(options.model).name, scores, pictures, facts)
 
 
@@ -129,18 +162,20 @@ def _table(scores: dict[str, Any]) -> Table:
     rows = {"one step": scores["one_step"]}
     rows |= {f"h = {h}": _as_one_step(row) for h, row in scores["rollout"].items()}
     for when, row in rows.items():
-        table.add_row(f"{when}, all pixels", *(_number(row[key]) for key in ("psnr", *columns)))
+        table.add_row(f"{when}, all pixels", *(_number(row.get(key)) for key in ("psnr", *columns)))
         moving = ("psnr_moving", *(f"{key}_moving" for key in columns))
-        table.add_row(f"{when}, moving pixels", *(_number(row[key]) for key in moving))
+        table.add_row(f"{when}, moving pixels", *(_number(row.get(key)) for key in moving))
     for name in ("open_turns", "blocked_refused", "straight_on", "open_turns_null"):
-        table.add_row(name.replace("_", " "), "no case" if scores[name] is None else f"{scores[name]:.3f}")
+        if name in scores:
+            table.add_row(name.replace("_", " "), "no case" if scores[name] is None else f"{scores[name]:.3f}")
     for name in ("player_visible", "ghosts_visible"):
-        for h, share in scores[name].items():
+        for h, share in scores.get(name, {}).items():
             again = _number(scores[f"{name}_rerun"][h], 3)
             table.add_row(f"{name.replace('_', ' ')}, h = {h}", f"{share:.3f}", "", "", again)
     for name, distance in scores.get("frechet", {}).items():
         table.add_row(name, _number(distance, 4))
-    table.add_row("error of the detector on real frames", f"{scores['detector_error']:.4f}")
+    if "detector_error" in scores:
+        table.add_row("error of the detector on real frames", f"{scores['detector_error']:.4f}")
     return table
 
 

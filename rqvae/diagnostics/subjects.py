@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rqvae.diagnostics.plan import find_root
 from rqvae.diagnostics.survey import Decode
 from rqvae.errors import BadInput
+from rqvae.randomness import kept
 
 DEFAULT_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 RANDOM_WIDTHS = {"random-sdxl": (128, 256, 512, 512), "random-small": (8, 8, 16, 16)}
@@ -115,7 +116,7 @@ class RandomDecoder:
         from diffusers.models.autoencoders.vae import Decoder
 
         widths = RANDOM_WIDTHS[self.name]
-        with torch.random.fork_rng(devices=[]):
+        with kept():
             torch.manual_seed(request.seed)
             decoder = Decoder(
                 in_channels=4,

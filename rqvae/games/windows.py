@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +26,8 @@ class Windows:
         frames: (N, K + horizon, H, W, 3) uint8; the first K are context.
         actions: (N, K + horizon - 1) the actions between them.
         history: K.
-        states: the state at the last context frame, to fork the game from.
-        ghosts: (N, horizon) how many cells show a ghost in the frames after the context.
+        states: the state at the last context frame, to fork the game from; none of a recording.
+        ghosts: (N, horizon) how many cells show a ghost in the frames after the context; (N, 0) of a recording.
     """
 
     frames: Frames
@@ -92,6 +93,37 @@ def maze_windows(
     game.restore_state(before)
     frames, actions, states, ghosts = zip(*found, strict=True)
     return Windows(np.stack(frames), np.stack(actions), history, tuple(states), np.stack(ghosts))
+
+
+def recorded_windows(
+    episodes: Sequence[tuple[Frames, Actions]], count: int, *, history: int, horizon: int, seed: int
+) -> Windows:
+    """Windows of recorded episodes, drawn without repetition from all places where one fits.
+
+    Args:
+        episodes: frames (N, H, W, 3) and the actions (N,) taken at them.
+        count: windows.
+        history: K, context frames.
+        horizon: frames after them.
+        seed: of the evaluation.
+
+    Raises:
+        BadInput: fewer places than windows.
+    """
+    length = history + horizon
+    places = [(k, at) for k, (frames, _) in enumerate(episodes) for at in range(len(frames) - length + 1)]
+    if len(places) < count:
+        longest = max(len(frames) for frames, _ in episodes)
+        raise BadInput(
+            f"history + horizon: expected {count} windows of {history} + {horizon} frames, the recording has room for "
+            f"{len(places)} in {len(episodes)} episodes, the longest of {longest} frames"
+        )
+    chosen = np.random.default_rng(fold("recorded windows", seed)).permutation(len(places))[:count]
+    frames, actions = [], []
+    for k, at in (places[i] for i in chosen):
+        frames.append(episodes[k][0][at : at + length])
+        actions.append(episodes[k][1][at : at + length - 1])
+    return Windows(np.stack(frames), np.stack(actions), history, (), np.zeros((count, 0), dtype=np.int64))
 
 
 def _one(

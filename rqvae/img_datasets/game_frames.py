@@ -243,6 +243,10 @@ class GameFrames(LabeledImageDataset):
         mine = self._episode == np.unique(self._episode)[k]
         return self._frames[mine], self._action[mine]
 
+    def mean_frame(self) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) uint8, of all frames of this split."""
+        return np.round(self._frames.mean(0, dtype=np.float64)).astype(np.uint8)
+
     @property
     def episodes(self) -> int:
         """How many episodes this split has."""

@@ -170,6 +170,8 @@ class DataSpec:
         rollout_steps: n consecutive frames that are targets, the last one of which is `img`: `ActionCondition` then has
             K + n - 1 slots.
         num_mask_classes: classes of `MaskCondition`, 0 without.
+        mask_colours: classes of the masks that the images themselves are, in the colours of `rqvae.mask_colours`; 0 for
+            other images.
         names: names of the classes or actions, where the dataset knows them.
         drops_condition: whether the dataset itself gives some training samples the null condition (`dropped`).
     """
@@ -181,6 +183,7 @@ class DataSpec:
     context: bool = False
     rollout_steps: int = 1
     num_mask_classes: int = 0
+    mask_colours: int = 0
     names: tuple[str, ...] = ()
     drops_condition: bool = False
 

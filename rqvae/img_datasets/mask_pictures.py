@@ -32,8 +32,9 @@ class MaskPictures(LabeledImageDataset):
 
     @property
     def spec(self) -> DataSpec:
-        """(3, H, W) of the masks; no condition."""
-        return DataSpec(self.source.spec.image_shape, names=self.source.spec.names)
+        """(3, H, W) of the masks and how many classes they have; no condition."""
+        spec = self.source.spec
+        return DataSpec(spec.image_shape, mask_colours=spec.num_mask_classes, names=spec.names)
 
     def open(self) -> None:
         """Open that dataset and find its labelled images.

@@ -16,6 +16,7 @@ from rqvae.errors import BadInput
 from rqvae.metrics.full_precision import full_float32
 from rqvae.metrics.inception import INPUT_SIZE, POOL_DIM, FIDInception
 from rqvae.metrics.resize import Resize, resize
+from rqvae.randomness import kept
 from rqvae.weight_files import WeightFile
 
 INCEPTION_URL = (
@@ -168,7 +169,7 @@ class RandomVGG16(Extractor):
         # Imported here: half a second that other extractors need not pay.
         from torchvision.models import vgg16
 
-        with torch.random.fork_rng(devices=[]):
+        with kept():
             torch.manual_seed(self.seed)
             network = vgg16(weights=None)
         network.classifier = network.classifier[:5]  # up to fc2 and its ReLU; dropout is off in eval mode

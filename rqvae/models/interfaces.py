@@ -172,6 +172,9 @@ class Stage1Model(nn.Module):
         """
         raise NotImplementedError
 
+    def check_data(self, spec: DataSpec) -> None:
+        """Raise BadInput where images of these data cannot be encoded as they are; most models take any."""
+
     def latent_statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and std (C,) float64 of the latents, where the weights come with them; None where they are unknown."""
         return None

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rqvae.errors import BadInput
-from rqvae.games.collect import SCHEMA, Rows, write_recording
+from rqvae.games.recording import SCHEMA, Rows, write_recording
 
 Frame = npt.NDArray[np.uint8]
 

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from rqvae.errors import BadInput
 from rqvae.reports.page import Cell, Page, Tile, show
+from rqvae.reports.rollout import world_tiles
 from rqvae.reports.run_files import flatten, read_mapping, read_run
 from rqvae.reports.run_report import add_curves, add_facts
 
@@ -31,6 +32,7 @@ class DemoInputs:
         stage2: folder of the generator's run.
         reconstructions: sheet of three rows: recorded frames, their reconstructions, absolute error x 4.
         samples: sheet of one row an action.
+        dream: film of dreams beside the real game.
         actions: names of the actions, in the order of the rows.
     """
 
@@ -38,6 +40,7 @@ class DemoInputs:
     stage2: Path
     reconstructions: Path
     samples: Path
+    dream: Path
     actions: Sequence[str]
 
     @classmethod
@@ -53,6 +56,7 @@ class DemoInputs:
             stage2=Path(_get(summary, "stage2_run", root / "summary.json", str)),
             reconstructions=root / "recon" / "grids" / "reconstructions.png",
             samples=root / "samples.png",
+            dream=root / "dream.gif",
             actions=_get(read_mapping(meta_path), "action_names", meta_path, list),
         )
 
@@ -61,7 +65,8 @@ def write_demo_report(root: Path, inputs: DemoInputs | None = None) -> Path:
     """Write `root/report/index.html`, one self-contained page, from `root/summary.json` and the inputs.
 
     summary.json holds `stage1_psnr` (dB), `stage1_ssim`, `nearest_train_psnr` (dB), `seconds` and `cpu_seconds` of all
-    parts, and of each in `parts`: {name: {"seconds": s, "cpu_seconds": s}}. What else it holds is listed at the end.
+    parts, and of each in `parts`: {name: {"seconds": s, "cpu_seconds": s}}; `world` is the world model's evaluation.
+    What else it holds is listed at the end.
 
     Args:
         root: the demo's folder.
@@ -81,16 +86,20 @@ def write_demo_report(root: Path, inputs: DemoInputs | None = None) -> Path:
     stage1, stage2 = read_run(inputs.stage1), read_run(inputs.stage2)
 
     page = Page(
-        "MAE-DiT demo: from recorded frames to new ones",
-        "An autoencoder learned the frames of a small maze game, a diffusion transformer learned its latents.",
+        "MAE-DiT demo: from recorded frames to a game that is dreamed",
+        "An autoencoder learned the frames of a small maze game; a diffusion transformer learned the latent of the "
+        "next frame from four frames and the player's actions.",
         "Made from summary.json, metrics.jsonl, config.yaml and environment.json; the page loads nothing.",
     )
-    page.tiles(*_tiles(numbers))
+    world = _get(summary, "world", summary_path, dict)
+    page.tiles(*_tiles(numbers), *world_tiles(world))
     _add_pictures(page, inputs)
     page.heading("Stage 1: the autoencoder and its discriminator")
     add_curves(page, [stage1])
-    page.heading("Stage 2: the diffusion transformer")
+    page.heading("Stage 2: the model of the next frame")
     add_curves(page, [stage2])
+    page.heading("The world model's scores")
+    page.table(["score", "value"], [[*pair] for pair in flatten(world).items()], "Of `rollout`; PSNR in dB.")
     page.heading("Where the time went")
     _add_parts(page, parts, numbers, summary_path)
     page.heading("The runs")
@@ -106,8 +115,17 @@ def _add_pictures(page: Page, inputs: DemoInputs) -> None:
         "them, and the absolute error times four (black: exact)."
     )
     page.picture(inputs.reconstructions, caption, zoom=2, rows=RECON_ROWS)
-    page.heading("Samples by action")
-    caption = "Frames that the diffusion model made from noise and the autoencoder decoded: one row an action."
+    page.heading("Dreams")
+    caption = (
+        "Four dreams of 64 frames, each beside the real game under the same actions: left of a pair the dream, right "
+        "the game. Its ghosts turn at random, so the two part after some frames. rollout.html has more, and scores."
+    )
+    page.picture(inputs.dream, caption, zoom=1.5)
+    page.heading("Next frames by action")
+    caption = (
+        "From eight moments of real play, the third frame that the model dreams while one action is held: a row an "
+        "action, a column a moment."
+    )
     page.picture(inputs.samples, caption, zoom=3, rows=inputs.actions)
 
 
@@ -117,10 +135,10 @@ def _tiles(numbers: Mapping[str, float]) -> list[Tile]:
         Tile("Stage 1 PSNR", numbers["stage1_psnr"], "dB", "test split, 8-bit RGB, mean over images"),
         Tile("Stage 1 SSIM", numbers["stage1_ssim"], "", "test split; 1 is identical"),
         Tile(
-            "Samples: nearest train frame",
+            "Dreams: nearest train frame",
             numbers["nearest_train_psnr"],
             "dB",
-            "PSNR of a sample to the most similar train frame: low is no frame of the game",
+            "PSNR of a dreamed frame to the most similar train frame: low is no frame of the game",
         ),
         Tile("Time", numbers["seconds"], "s", cpu),
     ]
@@ -137,7 +155,7 @@ def _add_parts(page: Page, parts: Mapping[str, Any], total: Mapping[str, float],
 
 
 def _add_rest(page: Page, summary: Mapping[str, Any]) -> None:
-    rest = flatten({key: value for key, value in summary.items() if key not in (*HEADLINES, "parts")})
+    rest = flatten({key: value for key, value in summary.items() if key not in (*HEADLINES, "parts", "world")})
     if rest:
         page.table(["", "value"], [[key, value] for key, value in rest.items()], "What else summary.json holds.")
 

@@ -69,7 +69,7 @@ def write_rollout_page(
     protocol = scores["protocol"]
     line = f"{protocol['starts']} starts, {protocol['horizon']} frames, seeds {', '.join(map(str, protocol['seeds']))}."
     page = Page(f"World model {name}", line, "The page loads nothing: pictures and drawings are inside it.")
-    page.tiles(*_tiles(scores))
+    page.tiles(*world_tiles(scores))
     page.heading("Dreams beside the real game")
     _add_films(page, pictures)
     page.heading("Scores")
@@ -87,15 +87,17 @@ def write_rollout_page(
     return page.write(path)
 
 
-def _tiles(scores: Mapping[str, Any]) -> list[Tile]:
-    step, last = scores["one_step"], list(scores["player_visible"])[-1]
+def world_tiles(scores: Mapping[str, Any]) -> list[Tile]:
+    """The scores that are read first, of `rqvae.trainers.rollout.evaluate`."""
+    step = scores["one_step"]
     copied = step["copy_last_moving"]
     words = "copying has no moving pixel" if copied is None else f"copying the last frame: {copied:.1f} dB"
     tiles = [Tile("One step, moving pixels", step["psnr_moving"], "dB", words)]
-    for key, name in list(CONTROL.items())[:2]:
+    for key, name in [item for item in CONTROL.items() if item[0] in scores][:2]:
         tiles.append(Tile(name.capitalize(), scores[key], "", "held for three steps, every one must be right"))
     for key, name in PERSISTENCE.items():
-        tiles.append(Tile(f"{name.capitalize()}, h = {last}", scores[key][last], "", "share of the dreams"))
+        for last, share in list(scores.get(key, {}).items())[-1:]:
+            tiles.append(Tile(f"{name.capitalize()}, h = {last}", share, "", "share of the dreams"))
     return tiles
 
 
@@ -104,7 +106,7 @@ def _frame_rows(when: str, row: Mapping[str, Any], interval: Mapping[str, Any], 
     rows: list[list[Cell]] = []
     for key, name in SCORES.items():
         if key in row:
-            others = [row[_key(base, key)] for base in (copied, "mean_frame", "rerun")]
+            others = [row.get(_key(base, key)) for base in (copied, "mean_frame", "rerun")]
             rows.append([f"{when}: {name}", row[key], *_ends(interval[key]), *others])
     return rows
 
@@ -113,17 +115,20 @@ def _rows(scores: Mapping[str, Any]) -> list[list[Cell]]:
     """One step, control, what is still there, and distributions."""
     rows = _frame_rows("one step", scores["one_step"], scores["interval"]["one_step"], "copy_last")
     for key, name in CONTROL.items():
+        if key not in scores:
+            continue
         rows.append([name, scores[key], *_ends(scores["interval"][key]), None, None, None])
     for key, name in PERSISTENCE.items():
-        for h, share in scores[key].items():
+        for h, share in scores.get(key, {}).items():
             ends, again = _ends(scores["interval"][key][h]), scores[f"{key}_rerun"][h]
             rows.append([f"h = {h}: {name}", share, *ends, None, None, again])
     distances = scores.get("frechet", {})
     for key in (key for key in distances if f"{key}_rerun" in distances):
         others = [distances[f"{key}_copy_first"], None, distances[f"{key}_rerun"]]
         rows.append([f"Fréchet distance, {key}", distances[key], *_ends(scores["interval"]["frechet"][key]), *others])
-    error: list[Cell] = ["error of the detector on real frames", scores["detector_error"]]
-    return [*rows, [*error, None, None, None, None, None]]
+    if "detector_error" in scores:
+        rows.append(["error of the detector on real frames", scores["detector_error"], None, None, None, None, None])
+    return rows
 
 
 def _key(baseline: str, score: str) -> str:
@@ -143,9 +148,12 @@ def _curves(scores: Mapping[str, Any]) -> str:
             continue
         lines = {"model": _line([row[key] for row in rollout.values()], [r[key] for r in interval["rollout"].values()])}
         for base, name in (("copy_first", "copy last"), ("mean_frame", "mean frame"), ("rerun", "game again")):
-            lines[name] = Line([row[_key(base, key)] for row in rollout.values()])
+            if _key(base, key) in next(iter(rollout.values())):
+                lines[name] = Line([row[_key(base, key)] for row in rollout.values()])
         panels[title] = lines
     for key, title in PERSISTENCE.items():
+        if key not in scores:
+            continue
         again = Line(list(scores[f"{key}_rerun"].values()))
         model = _line(list(scores[key].values()), list(interval[key].values()))
         panels[title.partition(" as")[0]] = {"model": model, "game again": again}

@@ -60,6 +60,7 @@ def check(run: AnyRun, world_size: int) -> None:
     check_parallel(run)
     spec = run.data.make("train")[0].spec
     image_shape = spec.image_shape
+    run.stage1.check_data(spec)
     check_online_eval(run, spec)
     if isinstance(run, Stage1Run):
         if run.data.cache:

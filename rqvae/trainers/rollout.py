@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from rqvae.errors import BadInput
 from rqvae.games.detector import MazeDetector
 from rqvae.games.maze import NOOP
 from rqvae.games.maze_chase import MazeChase
-from rqvae.games.windows import Frames, Windows, maze_windows
+from rqvae.games.windows import Frames, Windows, maze_windows, recorded_windows
 from rqvae.metrics.intervals import finite, tree_intervals, tree_means
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
@@ -160,6 +160,23 @@ class Rollout:
     baselines: Baselines
 
 
+class Recorded(Protocol):
+    """Recorded episodes, as `GameFrames` has them once it is open."""
+
+    @property
+    def episodes(self) -> int:
+        """How many."""
+        ...
+
+    def episode(self, k: int) -> tuple[Frames, npt.NDArray[np.int64]]:
+        """Frames (N, H, W, 3) and the actions (N,) taken at them."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A text that names them."""
+        ...
+
+
 def _nobody(_: Rollout) -> None:
     """Looks at nothing."""
 
@@ -194,27 +211,88 @@ def evaluate(
     Raises:
         BadInput: no seed, no start or no horizon.
     """
-    if not seeds or starts < 1 or horizon < HELD:
-        raise BadInput(f"rollout: expected seeds, starts >= 1 and horizon >= {HELD}, got {seeds}, {starts}, {horizon}")
+    _check(seeds, starts, horizon)
     networks, detector = networks or Networks(), MazeDetector(game)
     horizons = [h for h in HORIZONS if h <= horizon]
     rows, hashes = [], []
     for seed in seeds:
         windows = maze_windows(game, starts, history=history, horizon=horizon, seed=seed)
         baselines = make_baselines(game, windows, seed)
+        row, dreams = _frame_scores(dreamer, windows, baselines, horizons, seed, networks)
         hashes.append(windows.sha256)
-        ahead = windows.actions[:, history - 1 :]
-        dreams = dreamer(windows.context, windows.actions[:, : history - 1], ahead, seed)
-        row: dict[str, Any] = {"one_step": one_step(dreamer, windows, seed, baselines, lpips=networks.lpips)}
-        row["rollout"] = rollout_scores(dreams, windows, horizons, baselines, networks.lpips)
         row |= persistence(dreams, windows, detector, horizons)
-        rerun = persistence(baselines.reruns, windows, detector, horizons, baselines.running)
+        assert baselines.again is not None
+        rerun = persistence(baselines.again.reruns, windows, detector, horizons, baselines.again.running)
         row |= {f"{name}_rerun": shares for name, shares in rerun.items()}
         row |= control(dreamer, windows, game, detector, seed)
-        if networks.extractor is not None:
-            row["frechet"] = frechet(dreams, windows, horizons, baselines, networks.extractor)
         rows.append(finite(row))
         look(Rollout(windows, dreams, baselines))
     facts = {"starts": starts, "seeds": list(seeds), "horizon": horizon, "game": game.fingerprint(), "windows": hashes}
-    scores = {**tree_means(rows), "detector_error": detector.error(game), "interval": tree_intervals(rows)}
-    return {**scores, "by_seed": rows, "protocol": facts | networks.facts()}
+    return _summed(rows, facts | networks.facts()) | {"detector_error": detector.error(game)}
+
+
+def evaluate_recording(
+    dreamer: Dreamer,
+    recording: Recorded,
+    mean: Frames,
+    *,
+    history: int,
+    starts: int = 48,
+    horizon: int = 64,
+    seeds: Sequence[int] = (0, 1, 2),
+    networks: Networks | None = None,
+    look: Callable[[Rollout], None] = _nobody,
+) -> dict[str, Any]:
+    """The scores of frames alone, on windows of a recording: of a game that can be neither forked nor looked into.
+
+    Args:
+        dreamer: of the model; its numbers of the actions are the recording's.
+        recording: the split to begin from.
+        mean: (H, W, 3) uint8, the mean frame of another split.
+        history: K.
+        starts: windows a seed.
+        horizon: longest rollout.
+        seeds: of windows and noise.
+        networks: as in `evaluate`.
+        look: as in `evaluate`.
+
+    Returns:
+        As `evaluate`, without control, persistence, the error of the detector and the game's re-run.
+
+    Raises:
+        BadInput: no seed, no start or no horizon; fewer windows than starts.
+    """
+    _check(seeds, starts, horizon)
+    networks, horizons = networks or Networks(), [h for h in HORIZONS if h <= horizon]
+    episodes, rows, hashes = [recording.episode(k) for k in range(recording.episodes)], [], []
+    for seed in seeds:
+        windows = recorded_windows(episodes, starts, history=history, horizon=horizon, seed=seed)
+        hashes.append(windows.sha256)
+        baselines = Baselines(mean)
+        row, dreams = _frame_scores(dreamer, windows, baselines, horizons, seed, networks)
+        rows.append(finite(row))
+        look(Rollout(windows, dreams, baselines))
+    facts = {"starts": starts, "seeds": list(seeds), "horizon": horizon, "game": recording.fingerprint()}
+    return _summed(rows, {**facts, "windows": hashes} | networks.facts())
+
+
+def _check(seeds: Sequence[int], starts: int, horizon: int) -> None:
+    if not seeds or starts < 1 or horizon < HELD:
+        raise BadInput(f"rollout: expected seeds, starts >= 1 and horizon >= {HELD}, got {seeds}, {starts}, {horizon}")
+
+
+def _frame_scores(
+    dreamer: Dreamer, windows: Windows, baselines: Baselines, horizons: Sequence[int], seed: int, networks: Networks
+) -> tuple[dict[str, Any], Frames]:
+    """The scores that need frames alone, and the dreams that were scored."""
+    past, ahead = np.split(windows.actions, [windows.history - 1], axis=1)
+    dreams = dreamer(windows.context, past, ahead, seed)
+    row: dict[str, Any] = {"one_step": one_step(dreamer, windows, seed, baselines, lpips=networks.lpips)}
+    row["rollout"] = rollout_scores(dreams, windows, horizons, baselines, networks.lpips)
+    if networks.extractor is not None:
+        row["frechet"] = frechet(dreams, windows, horizons, baselines, networks.extractor)
+    return row, dreams
+
+
+def _summed(rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    return {**tree_means(rows), "interval": tree_intervals(rows), "by_seed": rows, "protocol": facts}

@@ -14,20 +14,31 @@ from rqvae.randomness import fold
 
 
 @dataclass(frozen=True)
-class Baselines:
-    """Predictions that need no model, for N windows.
+class Again:
+    """The real game played again from N windows: the same states and actions, other random numbers.
 
     Args:
-        mean: (H, W, 3) uint8, the mean of frames of other episodes.
         steps: (N, S, H, W, 3) uint8: the frame after each of the first S steps, from the logged state before it.
         reruns: (N, horizon, H, W, 3) uint8 after the logged actions; the last frame stays once the game is over.
         running: (N, horizon) bool, False where it was over before.
     """
 
-    mean: Frames
     steps: Frames
     reruns: Frames
     running: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Predictions that need no model.
+
+    Args:
+        mean: (H, W, 3) uint8, the mean of frames of other episodes.
+        again: the game played again; None where there is only a recording of it.
+    """
+
+    mean: Frames
+    again: Again | None = None
 
 
 def make_baselines(game: MazeChase, windows: Windows, seed: int, steps: int = 8) -> Baselines:
@@ -56,7 +67,7 @@ def make_baselines(game: MazeChase, windows: Windows, seed: int, steps: int = 8)
         reruns.append(np.stack(frames))
         running.append(alive)
     game.restore_state(before)
-    return Baselines(mean_frame(game), np.stack(singles), np.stack(reruns), np.array(running))
+    return Baselines(mean_frame(game), Again(np.stack(singles), np.stack(reruns), np.array(running)))
 
 
 def mean_frame(game: MazeChase, episodes: int = 50, steps: int = 20) -> Frames:

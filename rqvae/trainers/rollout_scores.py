@@ -53,9 +53,12 @@ def one_step(
 
     Returns:
         `psnr`, `psnr_moving`, `ssim` (and `lpips`) of the model; those of copying the last frame under `copy_last`,
-        `copy_last_moving`, ...; with `baselines` also those of the `mean_frame` and of the game's `rerun`.
+        `copy_last_moving`, ...; with `baselines` also those of the `mean_frame` and, where there is one, of the game's
+        `rerun`.
     """
-    scores = {name: FrameScores(lpips) for name in ("", "copy_last", *(("mean_frame", "rerun") if baselines else ()))}
+    again = baselines.again if baselines else None
+    names = ["", "copy_last", *(["mean_frame"] if baselines else []), *(["rerun"] if again else [])]
+    scores = {name: FrameScores(lpips) for name in names}
     k = windows.history
     for t in range(min(horizon, windows.horizon)):
         context, target = windows.frames[:, t : t + k], windows.frames[:, t + k]
@@ -65,7 +68,8 @@ def one_step(
         scores["copy_last"].update(before, target, before)
         if baselines:
             scores["mean_frame"].update(np.broadcast_to(baselines.mean, target.shape), target, before)
-            scores["rerun"].update(baselines.steps[:, t], target, before)
+        if again:
+            scores["rerun"].update(again.steps[:, t], target, before)
     return {key: value for name, sums in scores.items() for key, value in sums.result(name).items()}
 
 
@@ -80,12 +84,12 @@ def rollout_scores(
 
     Returns:
         By horizon: those of the model as in `one_step`, of the last context frame kept for ever (`copy_first`), of the
-        `mean_frame` and of the game's `rerun`, which are of the share `rerun_running` of re-runs that are not over.
+        `mean_frame` and, where there is one, of the game's `rerun`, which are of the share `rerun_running` of re-runs
+        that are not over.
     """
     rows: dict[str, dict[str, float]] = {}
     for h in horizons:
         target, before = windows.future[:, h - 1], windows.frames[:, windows.history + h - 2]
-        running = baselines.running[:, h - 1]
         guesses = {
             "": dreams[:, h - 1],
             "copy_first": windows.context[:, -1],
@@ -96,10 +100,12 @@ def rollout_scores(
             sums = FrameScores(lpips)
             sums.update(guess, target, before)
             row |= sums.result(name)
-        sums = FrameScores(lpips)
-        if running.any():
-            sums.update(baselines.reruns[running, h - 1], target[running], before[running])
-        rows[str(h)] = row | sums.result("rerun") | {"rerun_running": float(running.mean())}
+        if again := baselines.again:
+            sums, running = FrameScores(lpips), again.running[:, h - 1]
+            if running.any():
+                sums.update(again.reruns[running, h - 1], target[running], before[running])
+            row |= sums.result("rerun") | {"rerun_running": float(running.mean())}
+        rows[str(h)] = row
     return rows
 
 
@@ -139,12 +145,13 @@ def frechet(
     frames as here it is biased upwards, alike for the `rerun`, which says what two true sets of this size give.
 
     Returns:
-        NAME, NAME_copy_first and NAME_rerun, where NAME is the extractor's.
+        NAME, NAME_copy_first and, where the game can be played again, NAME_rerun, where NAME is the extractor's.
     """
     at = [h - 1 for h in horizons]
-    running = baselines.running[:, at]
     kept = np.repeat(windows.context[:, -1:], len(at), axis=1)
-    sets = {"": dreams[:, at], "_copy_first": kept, "_rerun": baselines.reruns[:, at][running]}
+    sets = {"": dreams[:, at], "_copy_first": kept}
+    if again := baselines.again:
+        sets["_rerun"] = again.reruns[:, at][again.running[:, at]]
     true = _features(extractor, windows.future[:, at])
     name = extractor.name
     return {f"{name}{key}": frechet_features(_features(extractor, x), true).value for key, x in sets.items()}

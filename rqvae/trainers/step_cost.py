@@ -21,6 +21,7 @@ from rqvae.models.codec import Codec
 from rqvae.models.interfaces import Stage1Encodings, Stage1ModelOutput
 from rqvae.models.losses.interfaces import ImageLoss
 from rqvae.models.losses.lpips import LPIPSLoss
+from rqvae.randomness import kept
 from rqvae.run import AnyRun, GanSettings, Stage1Run, Stage2Run
 from rqvae.trainers.dry_run import assume_statistics, forward_cost, one_image
 from rqvae.trainers.parts import float_type
@@ -39,7 +40,7 @@ def step_work(run: AnyRun, gan_starts: int = 0) -> tuple[Work, ...]:
     Raises:
         RuntimeError: or any of its kind (NotImplementedError), from a model that cannot compute on `meta`.
     """
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with kept(), torch.device("meta"):
         return _stage1(run, gan_starts) if isinstance(run, Stage1Run) else _stage2(run)
 
 

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import torch.nn.functional as F  # noqa: N812  (the name of torch's own documentation)
 
-from rqvae.errors import BadInput
-from rqvae.models.interfaces import (
-    ImageShape,
-    LabeledImageData,
-    LatentShape,
-    Stage1Encodings,
-    Stage1Losses,
-    Stage1Model,
-    Stage1ModelOutput,
-)
-from rqvae.models.losses.recon import recon_loss
+from rqvae.models.interfaces import LabeledImageData, Stage1Encodings, Stage1ModelOutput
+from rqvae.models.stage1.patches import PatchStage1
 
 
-class PixelStage1(Stage1Model):
+class PixelStage1(PatchStage1):
     """Pixels in [-1, 1] as the latent; every patch x patch square of them becomes one position of 3 * patch^2 channels.
 
     Channel `(c * patch + i) * patch + j` of position (y, x) is colour c of the pixel (y * patch + i, x * patch + j)
@@ -35,14 +26,11 @@ class PixelStage1(Stage1Model):
     """
 
     def __init__(self, patch: int = 1) -> None:
-        super().__init__()
-        if patch < 1:
-            raise BadInput(f"PixelStage1.patch: expected at least 1, got {patch}")
-        self.patch = patch
+        super().__init__(patch)
 
-    def forward(self, inputs: LabeledImageData) -> Stage1ModelOutput:
-        """Reconstruct (B, 3, H, W): the image itself, up to the rounding in the class's description."""
-        return self.decode(self.encode(inputs))
+    def numbers_per_pixel(self, channels: int) -> int:
+        """As many as it has."""
+        return channels
 
     def encode(self, inputs: LabeledImageData) -> Stage1Encodings:
         """Encode (B, 3, H, W) in [0, 1] to zs (B, 3 p^2, H/p, W/p) in [-1, 1].
@@ -58,21 +46,3 @@ class PixelStage1(Stage1Model):
     def decode(self, encodings: Stage1Encodings) -> Stage1ModelOutput:
         """Decode zs (B, 3 p^2, h, w) to xs_recon (B, 3, h p, w p)."""
         return Stage1ModelOutput(xs_recon=(F.pixel_shuffle(encodings.zs, self.patch) + 1) / 2)
-
-    def compute_loss(self, output: Stage1ModelOutput, inputs: LabeledImageData) -> Stage1Losses:
-        """L1 in image units, which is rounding alone; the latent costs nothing."""
-        images_bchw = inputs.require_img()
-        return Stage1Losses(
-            loss_recon=recon_loss("l1", output.xs_recon, images_bchw), loss_latent=images_bchw.new_zeros(())
-        )
-
-    def latent_shape(self, image_shape: ImageShape) -> LatentShape:
-        """(3 p^2, H/p, W/p) of an image (3, H, W).
-
-        Raises:
-            BadInput: a side that the patch does not divide.
-        """
-        channels, height, width = image_shape
-        if height % self.patch or width % self.patch:
-            raise BadInput(f"image size {height}x{width} is not divisible by the patch {self.patch} of PixelStage1")
-        return channels * self.patch**2, height // self.patch, width // self.patch
