@@ -73,6 +73,7 @@ def test_the_command_prints_and_writes_the_scores(tmp_path: Path, cli, capfd) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(5400)
 def test_a_trained_generator_keeps_the_layout_and_the_original_cannot(tmp_path: Path, cli) -> None:
     """procedural.yaml and procedural_legacy.yaml at half of their steps, judged alike: 20 minutes."""
     scores, judge = {}, ["--images", 48, "--judge-steps", 300, "--backend", "cpu"]
