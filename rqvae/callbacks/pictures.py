@@ -36,21 +36,18 @@ class Pictures(Observer):
     def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         if run.clock.due(self.every):
             with self.weights():
-                picture = self.draw()
-            run.log_picture(self.name, picture)
+                shown = self.draw()
+            self.show(run, shown)
+
+    def show(self, run: RunView, shown: np.ndarray) -> None:
+        """Give what was drawn to the run's log."""
+        run.log_picture(self.name, shown)
 
 
 @dataclass
-class Films(Observer):
-    """Shows `draw()` as `Pictures` does; it makes a film (T, H, W, 3) uint8."""
+class Films(Pictures):
+    """The same of films: `draw()` makes (T, H, W, 3) uint8."""
 
-    name: str
-    every: Duration
-    weights: Callable[[], AbstractContextManager[Any]]
-    draw: Callable[[], np.ndarray]
-
-    def after_step(self, run: RunView, losses: Mapping[str, Tensor]) -> None:  # noqa: ARG002
-        if run.clock.due(self.every):
-            with self.weights():
-                film = self.draw()
-            run.log_film(self.name, film, FILM_FPS)
+    def show(self, run: RunView, shown: np.ndarray) -> None:
+        """Give the film to the run's log."""
+        run.log_film(self.name, shown, FILM_FPS)
