@@ -61,6 +61,11 @@ class Source:
                     yield file, node
 
     @cached_property
+    def helpers_of(self) -> dict[object, set[str]]:
+        """What `helpers` has found."""
+        return {}
+
+    @cached_property
     def encodes_latents(self) -> bool:
         """Whether images are encoded by an autoencoder, so that the diffusion sees latents."""
         return any(True for _ in self.calls("encode|encode_first_stage")) and any(
@@ -156,7 +161,16 @@ def from_symmetric(node: ast.AST) -> ast.AST | None:
 
 
 def helpers(source: Source, shape: object) -> set[str]:
-    """Names of functions that return nothing but `shape` (to_symmetric or from_symmetric) of their argument."""
+    """Names of functions that return nothing but `shape` (to_symmetric or from_symmetric) of their argument.
+
+    Found once a source: every function asks, and a package has thousands.
+    """
+    if shape not in source.helpers_of:
+        source.helpers_of[shape] = _helpers(source, shape)
+    return source.helpers_of[shape]
+
+
+def _helpers(source: Source, shape: object) -> set[str]:
     found = set()
     for _, function in source.functions():
         returns = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value]
@@ -175,7 +189,7 @@ def applications(source: Source, function: Function, shape: object) -> list[tupl
         argument = shape(node)  # type: ignore[operator]
         if argument is None and isinstance(node, ast.Call) and called(node) in known and node.args:
             argument = node.args[0]
-        if argument is not None:
+        if argument is not None and not has_call(argument, "len|range|int|size|numel"):  # 2 n - 1 of a count
             found.append((node, argument))
     return found
 
