@@ -282,11 +282,11 @@ def test_memory_is_back_after_each_unit() -> None:
     for handle in after:
         handle.remove()
     with Diagnosis(subject, TorchCompiler("eager")) as diagnosis:
-        paths = list(diagnosis.units)
+        paths = list(diagnosis.units)[::4]
         found = bytes_at_marks(lambda: diagnosis.single(paths, {}, "shadow", MarksRows()))
     begin.remove()
     tested = [f"at {path}" for path in paths if f"at {path}" in plain]
-    assert len(tested) > 30
+    assert len(tested) > 15
     left = {name: found[name] - found["at the start"] - plain[name] + plain["at the start"] for name in tested}
     assert max(left.values()) < 64 * 1024, max(left.items(), key=lambda item: item[1])
 
