@@ -61,18 +61,51 @@ class Numbers(Blinking):
     observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
 
 
+class Drawn(Blinking):
+    """One whose observation is a number, whose picture is drawn, and whose actions begin at 5."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2, start=5)
+    get_action_meanings = None
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
+        _, *rest = super().step(action - 5)
+        return np.zeros(1, np.float32), *rest
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def render(self) -> np.ndarray:
+        assert self.render_mode == "rgb_array"
+        return self._draw()
+
+
 class Continuous(Blinking):
     """An environment whose actions are not numbered."""
 
     action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
 
+class Several(Blinking):
+    """One with several buttons at once."""
+
+    action_space = gymnasium.spaces.MultiBinary(3)
+
+
+KINDS = (Blinking, Numbers, Drawn, Continuous, Several)
+
+
 @pytest.fixture(autouse=True)
 def _registered() -> Iterator[None]:
-    for kind in (Blinking, Numbers, Continuous):
+    for kind in KINDS:
         gymnasium.register(f"{kind.__name__}-v0", kind, disable_env_checker=True)
     yield
-    for kind in (Blinking, Numbers, Continuous):
+    for kind in KINDS:
         gymnasium.registry.pop(f"{kind.__name__}-v0")
 
 
@@ -88,6 +121,14 @@ def test_a_sprite_of_every_fourth_frame_is_seen_in_each() -> None:
         expected[4, column + step] = console.colour
         assert np.array_equal(frame, expected)
         assert (reward, terminated, truncated) == (1.0, False, step == 2)
+
+
+def test_an_environment_that_draws_its_pictures_is_the_same_game() -> None:
+    shown, drawn = GymnasiumGame("Blinking-v0", SIDE), GymnasiumGame("Drawn-v0", SIDE)
+    assert drawn.action_names == ("5", "6")
+    assert np.array_equal(drawn.reset(1), shown.reset(1))
+    for action in (0, 1, 1):
+        assert np.array_equal(drawn.step(action)[0], shown.step(action)[0])
 
 
 def test_an_episode_that_ends_within_a_step_ends() -> None:
@@ -122,6 +163,8 @@ def test_a_recording_of_an_environment_is_one_of_ours(tmp_path: Path) -> None:
     [
         ("Numbers-v0", {}, r"expected pictures \(H, W, 3\) uint8"),
         ("Continuous-v0", {}, "expected numbered actions"),
+        ("Several-v0", {}, r"expected numbered actions \(Discrete\), got MultiBinary"),
+        ("nowhere:Blinking-v0", {}, "No module named 'nowhere'"),
         ("Nowhere-v0", {}, "expected maze-chase, a folder of frames or an environment of Gymnasium, got Nowhere-v0"),
         ("Blinking-v0", {"policy": "forager"}, "policy: expected persistent-random for Blinking-v0"),
         ("Blinking-v0", {"skip": 0}, "skip"),
@@ -192,9 +235,19 @@ def test_a_folder_of_pictures_becomes_a_recording(folder: Path, tmp_path: Path, 
         split.open()
     assert sorted(map(len, splits)) == [4, 4, 4]
     assert import_folder(folder, SIDE, out) == meta
-    (folder / "frames.csv").write_text((folder / "frames.csv").read_text() + "011.png,c,up,0\n")
-    with pytest.raises(BadInput, match=r"meta\.json: env: expected frames\.csv"):
+    Image.new("RGB", (SIDE, SIDE)).save(folder / "005.png")
+    with pytest.raises(BadInput, match=r"meta\.json: env: expected a folder with sha256"):
         import_folder(folder, SIDE, out)
+
+
+def test_an_episode_ends_where_the_table_says_so(folder: Path, tmp_path: Path) -> None:
+    """Without names of episodes, by `done` alone; written by a spreadsheet."""
+    lines = [f"{n:03d}.png,{n % 2},{int(n in (3, 7, 11))}" for n in range(12)]
+    (folder / "frames.csv").write_text("\n".join(["file,action,done", *lines]), encoding="utf-8-sig")
+    assert import_folder(folder, SIDE, tmp_path / "out")["episodes"] == 3
+    with np.load(tmp_path / "out" / "shard-00000.npz") as table:
+        assert table["episode"].tolist() == [n // 4 for n in range(12)]
+        assert table["done"].tolist() == [n in (3, 7, 11) for n in range(12)]
 
 
 @pytest.mark.parametrize(
@@ -216,12 +269,22 @@ def test_a_folder_of_pictures_becomes_a_recording(folder: Path, tmp_path: Path, 
             lambda root: (root / "frames.csv").write_text(
                 "file,action,episode\n000.png,a,x\n001.png,a,y\n002.png,a,x\n"
             ),
-            "line 4: episode x goes on after another began",
+            "line 4: episode x goes on after it ended",
         ),
         (
             lambda root: (root / "frames.csv").write_text("file,action,reward\n000.png,a,much\n"),
             "line 2: reward: expected a number, got much",
         ),
+        (
+            lambda root: (root / "frames.csv").write_text("file,action,done\n000.png,a,maybe\n"),
+            "line 2: done: expected 0 or 1, got maybe",
+        ),
+        (
+            lambda root: (root / "frames.csv").write_bytes("file,action\n000.png,à\n".encode("latin-1")),
+            "expected UTF-8, got byte 0xe0 at 20",
+        ),
+        (lambda root: Image.new("RGBA", (SIDE, SIDE)).save(root / "003.png"), "got a PNG of mode RGBA"),
+        (lambda root: Image.new("I;16", (SIDE, SIDE)).save(root / "003.png"), "got a PNG of mode I;16"),
     ],
 )
 def test_a_folder_that_cannot_be_read(change, words: str, folder: Path, tmp_path: Path) -> None:

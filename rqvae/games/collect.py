@@ -6,7 +6,6 @@ was interrupted and is done again, and any episode can be replayed from its numb
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from rqvae.errors import BadInput
 from rqvae.games.gymnasium_game import GymnasiumGame
 from rqvae.games.maze_chase import MazeChase
-from rqvae.games.png_folder import TABLE, action_names, read_folder
+from rqvae.games.png_folder import action_names, pictures_sha256, read_folder
 from rqvae.games.policies import POLICIES, Playable
 from rqvae.games.recording import LICENCE, META, SCHEMA, Rows, complete, make_folder, own_files, write_recording
 from rqvae.randomness import fold
@@ -136,8 +135,8 @@ def import_folder(
         BadInput: as `read_folder`; a folder that cannot be written, or that holds another recording.
     """
     names = action_names(folder)
-    table = hashlib.sha256((folder / TABLE).read_bytes()).hexdigest()
-    parameters = {"schema": SCHEMA, "env": f"{TABLE} {table}", "size": size, "seed": seed, "shard_frames": shard_frames}
+    parameters = {"schema": SCHEMA, "env": f"a folder with sha256 {pictures_sha256(folder)}", "size": size}
+    parameters |= {"seed": seed, "shard_frames": shard_frames}
     make_folder(out)
     if (ready := complete(out, parameters)) is not None:
         progress(ready["frames"])
