@@ -92,14 +92,15 @@ class Demo:
         """Score the newest world model's dreams and show some; an earlier call's score where the model is the same."""
         run, note = self.newest("stage2"), self.root / "samples.json"
         held = json.loads(note.read_text()) if note.exists() else {}
-        if held.get("run") != str(run):
+        known = {"run": str(run), "starts": self.starts}
+        if any(held.get(key) != value for key, value in known.items()) or not (self.root / "rollout.json").exists():
             import torch
 
             out = ["--json", str(self.root / "rollout.json"), "--html", str(self.root / "rollout.html")]
             self._part("rollout", ["rollout", str(run), *out, "--starts", str(self.starts), *self._threads])
             torch.set_num_threads(self.threads or torch.get_num_threads())
             started, cpu = time.monotonic(), time.process_time()
-            held = {"run": str(run), "nearest_train_psnr": dream_and_score(run, self.root)}
+            held = {**known, "nearest_train_psnr": dream_and_score(run, self.root)}
             write_json(note, held)
             self._add("sample", time.monotonic() - started, time.process_time() - cpu)
         return held["nearest_train_psnr"]

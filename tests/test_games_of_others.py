@@ -221,6 +221,8 @@ def test_a_folder_of_pictures_becomes_a_recording(folder: Path, tmp_path: Path, 
     out = tmp_path / "recording"
     assert cli("collect", folder, "--size", SIDE, "--out", out) == 0
     assert "12 frames in 3 episodes" in capfd.readouterr().out
+    assert cli("collect", folder, "--size", SIDE, "--out", out, "--max-steps", 3) == 2
+    assert f"--max-steps: expected none beside the folder {folder}, got 3" in capfd.readouterr().err
     meta = json.loads((out / "meta.json").read_text())
     assert meta["action_names"] == ["down", "fire", "up"]
     with np.load(out / "shard-00000.npz") as table:
@@ -352,5 +354,7 @@ pictures: {{every: null}}
     expected = np.mean([10 * np.log10(255**2 / square) for square in squares])
     assert scores["by_seed"][0]["one_step"]["copy_last"] == pytest.approx(expected, abs=0.5)
     assert "Dreams beside the real game" in (tmp_path / "page.html").read_text()
+    assert cli(*line, "--ghosts", 2) == 2
+    assert "--ghosts: expected none beside --recording" in capfd.readouterr().err
     assert cli(*line, "--starts", 300) == 2
     assert "expected 300 windows" in capfd.readouterr().err

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, refuse_options
 
 
 def parser() -> Parser:
@@ -38,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
 
     folder = Path(options.env)
     recorded = options.env != MAZE and folder.is_dir()
+    if recorded:
+        refuse_options(parser(), options, ("frames", "policy", "ghosts", "skip", "max_steps"), f"the folder {folder}")
     total = None if recorded else options.frames
     with tqdm(total=total, desc=f"collect {folder.name}", unit="frame", delay=0.2) as bar:
 

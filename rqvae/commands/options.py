@@ -77,6 +77,16 @@ def check_world_size(options: argparse.Namespace) -> int:
     return options.world_size
 
 
+def refuse_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str], beside: str
+) -> None:
+    """Raise BadInput where an option that would not be heard has another value than its default."""
+    for name in names:
+        if getattr(options, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            raise BadInput(f"{option}: expected none beside {beside}, got {getattr(options, name)}")
+
+
 def json_object(text: str) -> dict[str, Any]:
     """The value of an option that takes a JSON object."""
     try:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, find_solver, load_world_model, numbers
+from rqvae.commands.options import Parser, find_solver, load_world_model, numbers, refuse_options
 from rqvae.files import write_whole
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Evaluate a world model on the maze game, or on a recording."""
     options = parser().parse_args(list(arguments))
+
+    if options.recording:
+        refuse_options(parser(), options, ("ghosts",), f"--recording {options.recording}")
 
     from rich.console import Console
     from tqdm import tqdm
