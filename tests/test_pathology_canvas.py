@@ -114,6 +114,12 @@ def test_a_painted_mask_is_read_back(tmp_path: Path) -> None:
     numbers = mask.clamp(max=4).to(torch.uint8)
     Image.fromarray(numbers.numpy()).save(tmp_path / "numbers.png")
     assert torch.equal(read_painted(tmp_path / "numbers.png", 5), numbers.long())
+    Image.fromarray(picture).quantize(16).save(tmp_path / "indexed.png")
+    assert torch.equal(read_painted(tmp_path / "indexed.png", 5), mask), "painted, saved with a palette"
+    indexed = Image.fromarray(numbers.numpy(), mode="P")
+    indexed.putpalette([7, 7, 7, 9, 9, 9, 20, 0, 0, 0, 20, 0, 0, 0, 20])
+    indexed.save(tmp_path / "numbered.png")
+    assert torch.equal(read_painted(tmp_path / "numbered.png", 5), numbers.long()), "numbers in colours of their own"
     picture[7, 3] = (1, 2, 3)
     Image.fromarray(picture).save(tmp_path / "painted.png")
     with pytest.raises(BadInput, match=r"expected colours of classes \(0 #ffffff, .*got #010203 at row 7, column 3"):

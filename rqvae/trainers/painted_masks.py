@@ -18,18 +18,23 @@ from rqvae.mask_colours import palette
 def read_painted(path: Path, num_classes: int) -> Tensor:
     """(H, W) int64 in [0, K] of a PNG of class numbers, or of one in the colours of `rqvae.mask_colours`.
 
+    In a PNG with a palette, which painting programs write and so do data sets of segmentation, the numbers are classes
+    unless what they show is painted in those colours.
+
     Raises:
         BadInput: a file that is neither; the first colour that is none of a class is named with its place.
     """
     try:
         with Image.open(path) as file:
-            if file.mode not in ("RGB", "RGBA"):
+            if file.mode not in ("RGB", "RGBA", "P"):
                 return read_mask(path, num_classes)
-            pixels = np.array(file.convert("RGB")).astype(np.int64)
+            mode, pixels = file.mode, np.array(file.convert("RGB")).astype(np.int64)
     except (OSError, ValueError, SyntaxError) as error:
         raise BadInput(f"{path}: expected a readable mask, got {type(error).__name__}") from error
     code = np.array([1 << 16, 1 << 8, 1])
     colours, painted = palette(num_classes).astype(np.int64) @ code, pixels @ code
+    if mode == "P" and not np.isin(painted, colours).all():
+        return read_mask(path, num_classes)
     mask = np.full(painted.shape, -1, dtype=np.int64)
     for number, colour in enumerate(colours):
         mask[painted == colour] = number
