@@ -96,12 +96,18 @@ def maze_windows(
 
 
 def recorded_windows(
-    episodes: Sequence[tuple[Frames, Actions]], count: int, *, history: int, horizon: int, seed: int
+    episodes: Sequence[tuple[Frames, Actions, npt.NDArray[np.bool_]]],
+    count: int,
+    *,
+    history: int,
+    horizon: int,
+    seed: int,
 ) -> Windows:
     """Windows of recorded episodes, drawn without repetition from all places where one fits.
 
     Args:
-        episodes: frames (N, H, W, 3) and the actions (N,) taken at them.
+        episodes: frames (N, H, W, 3), the actions (N,) taken at them, and (N,) which frames may be the first to be
+            predicted: those that training has not seen.
         count: windows.
         history: K, context frames.
         horizon: frames after them.
@@ -111,9 +117,14 @@ def recorded_windows(
         BadInput: fewer places than windows.
     """
     length = history + horizon
-    places = [(k, at) for k, (frames, _) in enumerate(episodes) for at in range(len(frames) - length + 1)]
+    places = [
+        (k, at)
+        for k, (frames, _, fresh) in enumerate(episodes)
+        for at in range(len(frames) - length + 1)
+        if fresh[at + history]
+    ]
     if len(places) < count:
-        longest = max(len(frames) for frames, _ in episodes)
+        longest = max(len(frames) for frames, _, _ in episodes)
         raise BadInput(
             f"history + horizon: expected {count} windows of {history} + {horizon} frames, the recording has room for "
             f"{len(places)} in {len(episodes)} episodes, the longest of {longest} frames"

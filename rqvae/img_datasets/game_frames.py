@@ -84,6 +84,7 @@ class GameFrames(LabeledImageDataset):
         self._first: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._episode: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._kept: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._fresh: npt.NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
 
     @property
     def spec(self) -> DataSpec:
@@ -142,7 +143,7 @@ class GameFrames(LabeledImageDataset):
         """Find the frames of the split that occur in no split before it."""
         seen = {"train": [], "val": ["train"], "test": ["train", "val"]}[self.split]
         mine = hashes[split_of == self.split]
-        fresh = ~np.isin(mine, hashes[np.isin(split_of, seen)])
+        self._fresh = fresh = ~np.isin(mine, hashes[np.isin(split_of, seen)])
         whole = self.padding | (np.arange(len(mine)) - self._slots >= self._first)
         self._kept = np.flatnonzero(fresh & whole)
         if not len(self._kept):
@@ -242,6 +243,10 @@ class GameFrames(LabeledImageDataset):
         """Frames (N, H, W, 3) and the actions (N,) taken at them, of the k-th episode of this split."""
         mine = self._episode == np.unique(self._episode)[k]
         return self._frames[mine], self._action[mine]
+
+    def fresh(self, k: int) -> npt.NDArray[np.bool_]:
+        """(N,) which frames of the k-th episode no split before this one shows."""
+        return self._fresh[self._episode == np.unique(self._episode)[k]]
 
     def mean_frame(self) -> npt.NDArray[np.uint8]:
         """(H, W, 3) uint8, of all frames of this split."""

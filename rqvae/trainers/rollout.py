@@ -172,6 +172,10 @@ class Recorded(Protocol):
         """Frames (N, H, W, 3) and the actions (N,) taken at them."""
         ...
 
+    def fresh(self, k: int) -> npt.NDArray[np.bool_]:
+        """(N,) which of these frames training has not seen."""
+        ...
+
     def fingerprint(self) -> str:
         """A text that names them."""
         ...
@@ -264,7 +268,8 @@ def evaluate_recording(
     """
     _check(seeds, starts, horizon)
     networks, horizons = networks or Networks(), [h for h in HORIZONS if h <= horizon]
-    episodes, rows, hashes = [recording.episode(k) for k in range(recording.episodes)], [], []
+    episodes = [(*recording.episode(k), recording.fresh(k)) for k in range(recording.episodes)]
+    rows, hashes = [], []
     for seed in seeds:
         windows = recorded_windows(episodes, starts, history=history, horizon=horizon, seed=seed)
         hashes.append(windows.sha256)
