@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,8 @@ def dream_and_score(run: Path, root: Path, starts: int = 8, seed: int = 0) -> fl
     Image.fromarray(image_grid(pictures, columns=starts)).save(root / "samples.png")
     shown = slice(0, SHOWN)
     dreams = dreamer(windows.context[shown], past[shown], ahead[shown], seed)
-    film = np.concatenate([beside(dream, real) for dream, real in zip(dreams, windows.future, strict=False)], axis=2)
+    pairs = [beside(dream, real) for dream, real in zip(dreams, windows.future, strict=False)]
+    film = reduce(lambda left, right: beside(left, right, gap=8), pairs)
     write_whole(root / "dream.gif", gif_bytes(film, fps=8, scale=2))
     dataset, _ = read([run / "config.yaml"], inference=True).instantiate().data.make("train")
     assert isinstance(dataset, GameFrames)
