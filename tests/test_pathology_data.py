@@ -107,6 +107,22 @@ def test_slides_stay_together(tissue: Path) -> None:
     assert len([n for n in parts[0] if "_u" in n]) == 18
 
 
+@pytest.mark.parametrize("slide", [None, r"(slide\d+)_"])
+def test_copies_of_an_image_are_in_one_split(slide: str | None, tissue: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under names and masks of their own, and in a kept index."""
+    folder = tissue / "labelled"
+    first = sorted(folder.glob("*.jpg"))[0]
+    for i in range(30, 60):
+        (folder / f"slide{i // 6}_{i:02d}.jpg").write_bytes(first.read_bytes())
+    for _ in range(2):
+        contents = [
+            {(folder / name).read_bytes() for name in names(opened(tissue, split, unlabelled=None, slide=slide))}
+            for split in ("train", "test")
+        ]
+        assert not contents[0] & contents[1]
+    assert "30 images are copies of others" in caplog.text
+
+
 def test_the_split_has_the_same_mix_of_classes() -> None:
     rng = np.random.default_rng(0)
     kinds = [frozenset(k for k in range(K) if rng.random() < share) or frozenset({0}) for share in (0.5, 0.1) * 2000]

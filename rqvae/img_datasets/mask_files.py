@@ -37,11 +37,13 @@ class MaskIndex:
     Args:
         names: of the labelled images, sorted, relative to the folder.
         pixels_nk: (N, K) int64, pixels of each class in each mask.
+        twins: of each image whose bytes an earlier one has too, that one's name.
         key: hash of the files' names, sizes and times, by which a kept index is recognised.
     """
 
     names: tuple[str, ...]
     pixels_nk: Tensor
+    twins: dict[str, str]
     key: str
 
 
@@ -103,16 +105,32 @@ def read_index(folder: Path, num_classes: int, index: Path) -> MaskIndex:
         kept = read_json(index, "remove it")
         if not {"key", "pixels"} <= kept.keys():
             raise BadInput(f"{index}: expected an index of masks (key and pixels), got something else; remove it")
-        if kept["key"] == key:
-            return MaskIndex(tuple(names), torch.tensor(kept["pixels"], dtype=torch.int64), key)
+        if kept["key"] == key and "twins" in kept:
+            return MaskIndex(tuple(names), torch.tensor(kept["pixels"], dtype=torch.int64), kept["twins"], key)
     _log.info("%s: counting the classes of %d masks, once", folder, len(names))
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(lambda name: _count(folder / name, num_classes), names))
+    twins = _twins(folder, names)
     try:
-        write_whole(index, json.dumps({"key": key, "pixels": pixels}))
+        write_whole(index, json.dumps({"key": key, "pixels": pixels, "twins": twins}))
     except OSError as error:
         raise BadInput(f"index: expected a place that can be written, got {index}: {error.strerror}") from error
-    return MaskIndex(tuple(names), torch.tensor(pixels, dtype=torch.int64), key)
+    return MaskIndex(tuple(names), torch.tensor(pixels, dtype=torch.int64), twins, key)
+
+
+def _twins(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Of each image whose bytes an earlier one has too, that one's name; only files of equal size are read."""
+    by_size: dict[int, list[str]] = {}
+    for name in names:
+        by_size.setdefault((folder / name).stat().st_size, []).append(name)
+    twins: dict[str, str] = {}
+    for alike in (group for group in by_size.values() if len(group) > 1):
+        first: dict[str, str] = {}
+        for name in alike:
+            earlier = first.setdefault(file_sha256(folder / name), name)
+            if earlier != name:
+                twins[name] = earlier
+    return twins
 
 
 def check_apart(labelled: Path, names: Iterable[str], unlabelled: Path, others: Iterable[str]) -> None:

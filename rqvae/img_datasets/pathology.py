@@ -114,7 +114,8 @@ class Pathology(MaskDataset):
     """A folder of `NAME.jpg` with `NAME_mask.png`, and one of images without masks.
 
     The split is by whole images, or by whole slides, stratified by the classes they hold; the classes are counted
-    once and kept in an index. Unlabelled images are for training only; those of slides that are held out are left out.
+    once and kept in an index. Files of equal bytes are one image: they are in one split, whatever their names.
+    Unlabelled images are for training only; those of slides that are held out are left out.
 
     Args:
         split: train, val or test.
@@ -170,6 +171,7 @@ class Pathology(MaskDataset):
         if self._pattern is not None and self._pattern.groups < 1:
             raise BadInput(f"slide: expected a regular expression with a group, got {slide}")
         self._paths: list[Path] = []
+        self._twins: dict[str, str] = {}
         self._digest = ""
 
     def open(self) -> None:
@@ -184,6 +186,10 @@ class Pathology(MaskDataset):
         if self.unlabelled:
             check_apart(self.folder, index.names, self.unlabelled, others)
         present = index.pixels_nk > 0
+        self._twins = index.twins
+        if index.twins:
+            one, other = next(iter(index.twins.items()))
+            _log.warning("%s: %d images are copies of others (%s of %s)", self.folder, len(index.twins), one, other)
         kinds = self._kinds(index.names, present)
         mine: Split = "test" if self.split == "val" and not self.shares[1] else self.split
         chosen = [i for i, name in enumerate(index.names) if kinds[self._group(name)] == mine]
@@ -215,7 +221,8 @@ class Pathology(MaskDataset):
         return {name: "test" if name in test else "val" if name in val else "train" for name in groups}
 
     def _group(self, name: str) -> str:
-        """The slide, or the image itself."""
+        """The slide, or the image itself; a copy belongs to the group of its original."""
+        name = self._twins.get(name, name)
         stem = Path(name).stem
         if self._pattern is None:
             return stem
