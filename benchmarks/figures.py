@@ -14,6 +14,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "7": [["play_speed"]],
     "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"]],
     "9": [["channel_tracking"]],
+    "10": [["pathology"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],
         ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],
