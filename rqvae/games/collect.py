@@ -86,19 +86,7 @@ def collect(
         BadInput: an unknown game, an argument out of range, a file in the place of `out`, a folder that cannot be
             written, or one that holds a recording with other parameters.
     """
-    for name, value in (("frames", frames), ("shard_frames", shard_frames)):
-        if value < 1:
-            raise BadInput(f"{name}: expected at least 1, got {value}")
-    if policy not in POLICIES:
-        raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
-    if env_name != MAZE and policy != BLIND:
-        raise BadInput(f"policy: expected {BLIND} for {env_name}, whose rules are not known, got {policy}")
-    game: Game
-    if env_name == MAZE:
-        game, licence, own = MazeChase(size, num_ghosts, max_steps), LICENCE, {"num_ghosts": num_ghosts}
-    else:
-        game = other = GymnasiumGame(env_name, size, max_steps, skip)
-        licence, own = other.licence, {"skip": skip}
+    game, licence, own = _game(env_name, frames, size, policy, num_ghosts, max_steps, skip, shard_frames)
     parameters = {"schema": SCHEMA, "env": env_name, "env_version": game.version, "size": size, "frames": frames}
     parameters |= {"seed": seed, "policy": policy, **own, "max_steps": max_steps, "shard_frames": shard_frames}
     make_folder(out)
@@ -107,6 +95,23 @@ def collect(
         return ready
     _clear(out)
     return write_recording(out, parameters, game.action_names, _record(game, parameters, progress), licence)
+
+
+def _game(
+    env_name: str, frames: int, size: int, policy: str, num_ghosts: int, max_steps: int, skip: int, shard_frames: int
+) -> tuple[Game, str, dict[str, int]]:
+    """The game, what may be done with its frames, and the parameters that it alone has."""
+    for name, value in (("frames", frames), ("shard_frames", shard_frames)):
+        if value < 1:
+            raise BadInput(f"{name}: expected at least 1, got {value}")
+    if policy not in POLICIES:
+        raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
+    if env_name == MAZE:
+        return MazeChase(size, num_ghosts, max_steps), LICENCE, {"num_ghosts": num_ghosts}
+    if policy != BLIND:
+        raise BadInput(f"policy: expected {BLIND} for {env_name}, whose rules are not known, got {policy}")
+    other = GymnasiumGame(env_name, size, max_steps, skip)
+    return other, other.licence, {"skip": skip}
 
 
 def import_folder(
