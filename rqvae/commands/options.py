@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,17 @@ def check_world_size(options: argparse.Namespace) -> int:
     if options.world_size < 1:
         raise BadInput(f"WORLD_SIZE: expected at least 1, got {options.world_size}")
     return options.world_size
+
+
+def finite_number(text: str) -> float:
+    """The value of an option that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

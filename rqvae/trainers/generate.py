@@ -26,7 +26,7 @@ from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
 from rqvae.trainers import checkpoint
-from rqvae.trainers.evaluation_trainer import as_pictures
+from rqvae.trainers.evaluation_trainer import finite_pictures
 from rqvae.trainers.painted_masks import masks_in, masks_in_turn
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.run_folder import make_folder
@@ -135,6 +135,7 @@ def generate(
 
     Raises:
         BadInput: `out` holds something else.
+        RunFailed: images that are not finite; nothing of their batch is written.
     """
     labels, masks = labels_of(spec, request), masks_of(spec, request)
     facts = {
@@ -173,7 +174,9 @@ def generate(
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
         write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"))
-        _write(part, as_pictures(two_stage.decode(output)))
+        numbers = range(first, min(first + request.batch_size, request.num))
+        made = finite_pictures(two_stage.decode(output), output.zs_pred, numbers, f"{request.out}: samples")
+        _write(part, made)
     backend.barrier()
     return on_main(backend, lambda: _finish(request, spec, labels, facts))
 
