@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from rqvae.diffusion.guidance import Autoguidance, ClassifierFree, Interval
+from rqvae.diffusion.sampling import Sampler
 from tests.conftest import finish, only, start
 
 STAGE2 = "configs/debug/stage2.yaml"
@@ -105,3 +108,21 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="config.yaml"):
         rqvae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "scale", "expected"),
+    [
+        (None, 3.0, ClassifierFree(3.0)),
+        (ClassifierFree(2.0), 3.0, ClassifierFree(3.0)),
+        (Interval(2.0, 0.2, 0.8), 3.0, Interval(3.0, 0.2, 0.8)),
+        (Autoguidance(torch.add, 2.0), 3.0, Autoguidance(torch.add, 3.0)),
+        (Interval(2.0, 0.2, 0.8), None, Interval(2.0, 0.2, 0.8)),
+        (Interval(2.0, 0.2, 0.8), 1.0, None),
+    ],
+)
+def test_another_scale_is_of_the_runs_own_kind_of_guidance(own, scale, expected) -> None:
+    from rqvae.api import change_sampler
+
+    two_stage = SimpleNamespace(stage2=SimpleNamespace(sampler=Sampler(guidance=own)))
+    assert change_sampler(two_stage, guidance=scale).guidance == expected  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Pipeline:
             n: how many, at least 1.
             condition: of length n; None draws classes or actions from the seed where the model has them.
             steps: solver steps; None is the model's own.
-            guidance: scale of classifier-free guidance; None is the model's own.
+            guidance: scale of the model's own kind of guidance, classifier-free where it has none; None is its own.
             solver: a function of `rqvae.diffusion.solvers`; None is the model's own.
             seed: of noise and labels.
 
@@ -164,10 +164,17 @@ class Pipeline:
 def change_sampler(
     two_stage: TwoStage, *, steps: int | None = None, guidance: float | None = None, solver: Any = None
 ) -> Sampler:
-    """The model's own sampler with what is given changed; guidance 1 is none."""
+    """The model's own sampler with what is given changed.
+
+    A scale is that of the model's own kind of guidance (its interval, or its guide, stays), else of classifier-free
+    guidance; 1 is no guidance.
+    """
     sampler: Any = two_stage.stage2.sampler
     if guidance is not None:
-        sampler = replace(sampler, guidance=None if guidance == 1 else ClassifierFree(guidance))
+        own = sampler.guidance
+        has_scale = is_dataclass(own) and "scale" in {field.name for field in fields(own)}
+        scaled = replace(own, scale=guidance) if has_scale else ClassifierFree(guidance)
+        sampler = replace(sampler, guidance=None if guidance == 1 else scaled)
     changes = {"steps": steps, "solver": solver}
     return replace(sampler, **{k: v for k, v in changes.items() if v is not None})
 

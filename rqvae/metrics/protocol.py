@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from rqvae.errors import BadInput
+from rqvae.metrics.images import PROVENANCE
 
 PAPER_N = 50_000
 GENERATION = (
@@ -51,7 +52,7 @@ def stated_generation(images: Path) -> dict[str, Any]:
     Raises:
         BadInput: such a file that is not JSON.
     """
-    note = images / "provenance.json" if images.is_dir() else images.with_suffix(".json")
+    note = images / PROVENANCE if images.is_dir() else images.with_suffix(".json")
     if not note.is_file() and images.name == "images":
         note = images.with_name("metrics.json")
     if not note.is_file():

@@ -22,6 +22,7 @@ from rqvae.errors import BadInput
 from rqvae.files import read_json, replacing, write_json
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
 from rqvae.mask_colours import coloured
+from rqvae.metrics.images import MASKS, PROVENANCE
 from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
@@ -65,7 +66,7 @@ class SampleRequest:
     @property
     def note(self) -> Path:
         """The JSON with how the images were made."""
-        return self.out.with_suffix(".json") if self.out.suffix == ".npz" else self.out / "provenance.json"
+        return self.out.with_suffix(".json") if self.out.suffix == ".npz" else self.out / PROVENANCE
 
 
 def labels_of(spec: DataSpec, request: SampleRequest) -> Tensor | None:
@@ -244,11 +245,11 @@ def _write_masks(request: SampleRequest, spec: DataSpec) -> None:
     """The coloured mask of each image, under its number."""
     if not (files := masks_of(spec, request)):
         return
-    (request.out / "masks").mkdir(exist_ok=True)
+    (request.out / MASKS).mkdir(exist_ok=True)
     for number in range(request.num):
         mask = masks_in_turn(files, spec, number, 1).mask.numpy()
         picture = coloured(mask, spec.num_mask_classes)[0].transpose(1, 2, 0)
-        Image.fromarray(picture).save(request.out / "masks" / f"{number:06d}.png")
+        Image.fromarray(picture).save(request.out / MASKS / f"{number:06d}.png")
 
 
 def _write_npz(request: SampleRequest, labels: Tensor | None, shape: tuple[int, ...]) -> None:

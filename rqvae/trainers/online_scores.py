@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import RunView
 from rqvae.errors import BadInput
+from rqvae.files import write_json
 from rqvae.img_datasets.interfaces import DataSpec
 from rqvae.metrics.evaluation import SPLITS, FeatureSums, distance_between
 from rqvae.metrics.extractors import Extractor, make_extractor
@@ -241,9 +241,9 @@ class OnlineScores:
         report = {
             **self._report(run, side, broken),
             "distances": {metric: vars(distance) for metric, distance in distances.items()},
-            "scores": {name: value if math.isfinite(value) else None for name, value in shown.items()},
+            "scores": shown,
         }
-        file.write_text(json.dumps(report, indent=1))
+        write_json(file, report)
         return scores
 
     def _distances(self, side: FeatureFile) -> dict[str, FrechetDistance]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from rqvae import remote
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
-from rqvae.files import replacing
+from rqvae.files import replacing, write_json
 from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.metrics.grids import image_grid
 from rqvae.metrics.images import ImageSource
@@ -174,7 +174,7 @@ def _finish(
     text = {**scores, "n": len(walk.stream), "skipped": skipped, "step": step, **facts, "convention": convention}
     text["protocol"] = protocol(of_originals, len(walk.stream), {}, made)
     text["warnings"] = cautions_of_pairs(len(walk.stream))
-    (request.folder / "metrics.json").write_text(json.dumps(text, indent=1))
+    write_json(request.folder / "metrics.json", text)
     if mirror := mirror_of(request.folder):
         mirror.send()
     if request.wandb_id:
