@@ -42,6 +42,8 @@ def test_npz_folder_and_provenance(trained: Path, tmp_path: Path, cli) -> None:
     assert np.array_equal(np.stack(files), images)
     facts = json.loads((tmp_path / "a.json").read_text())
     assert facts["nfe"] == 5, "Heun: two a step, the last step is Euler's"
+    assert facts["protocol"]["nfe"] == 5
+    assert cli(*line, "--out", tmp_path / "a.npz") == 0, "one that is done is left alone"
     assert (facts["solver"], facts["steps"], facts["seed"], facts["step"]) == ("heun", 3, 0, 2)
     assert facts["weights"] == "ema_0.9"
     assert "2" in facts["guidance"]
@@ -94,7 +96,9 @@ def test_three_lines(trained: Path) -> None:
     import rqvae
 
     pipeline = rqvae.load(trained)
+    assert pipeline.nfe is None
     images = pipeline.sample(3, steps=2, seed=1)
+    assert pipeline.nfe == 2
     assert images.shape == (3, 3, 16, 16)
     assert 0 <= images.min() <= images.max() <= 1
     assert torch.equal(images[:2], pipeline.sample(3, steps=2, seed=1)[:2])

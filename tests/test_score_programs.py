@@ -39,8 +39,8 @@ from tests.test_fid_programs import PIXELS, folder_of, npz_of, photos, pixel_fea
 
 STAGE1 = "configs/debug/stage1.yaml"
 FIELDS = {
-    "reference", "n", "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "seed_rule", "ema", "precision",
-    "uint8_rule", "image_format", "versions",
+    "reference", "n", "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "nfe", "seed_rule", "ema",
+    "precision", "uint8_rule", "image_format", "versions",
 }  # fmt: skip
 OF_FEATURES = {"extractor", "weights_sha256", "resize", "scaling"}
 

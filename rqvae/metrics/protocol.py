@@ -16,8 +16,8 @@ from rqvae.metrics.images import PROVENANCE
 
 PAPER_N = 50_000
 GENERATION = (
-    "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "seed_rule", "ema", "precision", "uint8_rule",
-    "image_format",
+    "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "nfe", "seed_rule", "ema", "precision",
+    "uint8_rule", "image_format",
 )  # fmt: skip
 """How images were made; null in a result where nobody said."""
 JPEG = "jpeg"

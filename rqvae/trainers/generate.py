@@ -174,7 +174,7 @@ def generate(
             condition = condition_of(spec, chosen)
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
-        write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"))
+        write_json(request.parts / "nfe.json", output.nfe)
         numbers = range(first, min(first + request.batch_size, request.num))
         made = finite_pictures(two_stage.decode(output), output.zs_pred, numbers, f"{request.out}: samples")
         _write(part, made)
@@ -206,10 +206,13 @@ def _claim(request: SampleRequest, facts: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _check_same(held: dict[str, Any], facts: dict[str, Any], where: str) -> None:
-    """BadInput where what is there was made in another way."""
+    """BadInput where what is there was made in another way; what only finished images have, as nfe, is not compared."""
     for key, value in json.loads(json.dumps(facts)).items():
-        if held.get(key) != value:
-            raise BadInput(f"{where} made with {key} {held.get(key)}, not {value}; remove it or choose another place")
+        found = held.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            _check_same(found, value, where)
+        elif found != value:
+            raise BadInput(f"{where} made with {key} {found}, not {value}; remove it or choose another place")
 
 
 def _write(part: Path, images: np.ndarray) -> None:
@@ -227,7 +230,8 @@ def _images(request: SampleRequest) -> Iterator[tuple[int, np.ndarray]]:
 def _finish(request: SampleRequest, spec: DataSpec, labels: Tensor | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Put the parts together and remove them."""
     shape = list(next(_images(request))[1].shape[1:])
-    facts = {**facts, "nfe": json.loads((request.parts / "nfe.json").read_text()), "image_shape": shape}
+    nfe = json.loads((request.parts / "nfe.json").read_text())
+    facts = {**facts, "nfe": nfe, "image_shape": shape, "protocol": {**facts["protocol"], "nfe": nfe}}
     if request.out.suffix == ".npz":
         _write_npz(request, labels, (request.num, *shape))
     else:

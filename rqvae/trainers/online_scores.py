@@ -54,7 +54,7 @@ def prepare(
         ema: the first one is evaluated.
 
     Raises:
-        BadInput: weights or a reference that are missing or do not fit.
+        BadInput: weights or a reference that are missing or do not fit; a validation split that is too small.
     """
     settings = run.online_eval
     if not settings.every:
@@ -69,9 +69,27 @@ def prepare(
         own, images = originals(run.data, "val", backend, settings.batch_size), settings.images if run.stage == 1 else 0
         scores.reference = OnlineReference(own, scores.extractor, settings.reference, images, bar)
         scores.reference.check()
+    # `count` opens the split, which the other ranks need not: a mistake of it is told before the first step
+    on_main(backend, lambda: _check_counts(settings, maker, scores.reference))
     if "lpips" in settings.metrics:
         scores.lpips = _load_lpips(settings, backend)
     return scores
+
+
+def _check_counts(settings: OnlineEvalSettings, maker: ImageMaker, reference: OnlineReference | None) -> None:
+    least, names = _least_images(settings), ", ".join(settings.metrics)
+    if (count := maker.count()) < least:
+        raise BadInput(
+            f"online_eval.images: expected at least {least} images of the validation split for {names}, it has {count}"
+        )
+    if reference is not None and reference.given is None and (count := reference.walk.count(reference.images)) < 2:
+        raise BadInput(f"online_eval.reference: expected a file, the validation split has {count} images")
+
+
+def _least_images(settings: OnlineEvalSettings) -> int:
+    if not needs_extractor(settings):
+        return 1
+    return SPLITS if "is" in settings.metrics else 2
 
 
 def _load_lpips(settings: OnlineEvalSettings, backend: Backend) -> LPIPSScore:
@@ -124,7 +142,7 @@ def check_online_eval(run: AnyRun, spec: DataSpec) -> None:
     if needs_extractor(settings):
         if OF_INCEPTION & set(settings.metrics) and (name := _name(settings)) != "fid":
             raise BadInput(f"online_eval.metrics: sfid and is: expected the extractor inception, got that of {name}")
-        least = SPLITS if "is" in settings.metrics else 2
+        least = _least_images(settings)
         if settings.images and settings.images < least:
             raise BadInput(f"online_eval.images: expected 0 or at least {least}, got {settings.images}")
 
