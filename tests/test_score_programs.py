@@ -314,3 +314,16 @@ def test_errors_of_the_distance_are_value_errors() -> None:
     ):
         with pytest.raises(ValueError, match="expected"):
             frechet_distance(*arguments)
+
+
+def test_adm_warns_of_its_score_in_file_order_without_labels(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    found = {"inception_score_shuffled_10": 159.0, "inception_score_shuffled_10_std": 4.0}
+    found |= {"inception_score_file_order": 41.0, "inception_score_file_order_std": 3.0}
+    monkeypatch.setattr("rqvae.metrics.evaluation.FeatureSums.inception_scores", lambda _: found)
+    sides, out = [str(npz_of(tmp_path / f"{i}.npz", photos(4, seed=i))) for i in range(2)], tmp_path / "out.json"
+    assert adm([*sides, "--weights", str(weights), "--device", "cpu", "--json", str(out)]) == 0
+    words = "Inception Score is 41.00 in file order and 159.00 shuffled"
+    assert words in capsys.readouterr().err
+    assert sum(words in line for line in read(out)["warnings"]) == 1

@@ -22,7 +22,7 @@ from rqvae.metrics.extractors import Extractor, make_extractor
 from rqvae.metrics.feature_files import FeatureFile, moments, write_features, write_statistics
 from rqvae.metrics.frechet import FrechetDistance
 from rqvae.metrics.perceptual import LPIPSScore
-from rqvae.metrics.protocol import cautions, protocol
+from rqvae.metrics.protocol import cautions, cautions_of_order, protocol
 from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, WINDOW, ReconstructionScores
 from rqvae.models.ema import EMA
 from rqvae.run import AnyRun
@@ -257,7 +257,7 @@ class OnlineScores:
         named = {row_names(self.settings)[metric]: scores[metric] for metric in self.settings.metrics}
         shown = {f"eval/{name}": value for name, value in others.items()} | named
         report = {
-            **self._report(run, side, broken),
+            **self._report(run, side, broken, cautions_of_order(others)),
             "distances": {metric: vars(distance) for metric, distance in distances.items()},
             "scores": shown,
         }
@@ -285,14 +285,16 @@ class OnlineScores:
         of_sfid = None if features.spatial is None else features.features("spatial")
         return FeatureFile(path, "", pooled, spatial, kept, of_sfid, features.n, identity)
 
-    def _report(self, run: RunView, side: FeatureFile, broken: int) -> dict[str, Any]:
+    def _report(self, run: RunView, side: FeatureFile, broken: int, warned: list[str]) -> dict[str, Any]:
         assert self.extractor is not None
         assert self.reference is not None
         assert self.reference.file is not None
         assert side.n is not None
         reference = self.reference.file
         labels = self.maker.labels()
-        notes = self.reference.notes + cautions(side.n, None if labels is None else labels.numpy(), reference.n)
+        notes = (
+            self.reference.notes + cautions(side.n, None if labels is None else labels.numpy(), reference.n) + warned
+        )
         if self.maker.distance == "rfid" and reference.protocol.get("split", "val") != "val":
             notes.append("papers' rFID is to the validation split's originals, this reference is of another split")
         if broken:
