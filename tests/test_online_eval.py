@@ -109,6 +109,11 @@ def test_gfid_is_of_the_images_that_sample_gives(tmp_path: Path, cli) -> None:
     assert fields["nfe"] == 4, "Euler: one a step"
     for key in ("steps", "sampler", "nfe", "ema", "uint8_rule", "cfg_scale"):
         assert found["protocol"][key] == fields[key], key
+    kept = run / "eval" / "step_00000002_features.npz"
+    assert pytorch_fid([str(reference), str(kept), "--jackknife", "5", "--json", str(offline)]) == 0
+    bar = json.loads(offline.read_text())["jackknife"]
+    assert bar["estimate"] == pytest.approx(rows(run)[-1][KEY], rel=1e-9)
+    assert bar["standard_error"] > 0
     assert fields["extractor"] == "projections-0"
     assert any("33 images" in note for note in report(run)["warnings"])
 
