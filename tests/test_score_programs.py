@@ -303,7 +303,7 @@ def test_the_distance_comes_without_models_and_trainers() -> None:
     code = "import sys, eval.pytorch_fid.__main__, eval.psnr_ssims, gpu_eval.fid.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {name.split(".")[1] for name in done.stdout.split() if name.startswith("rqvae.")}
-    assert loaded == {"errors", "files", "lpips_network", "metrics", "weight_files"}
+    assert loaded == {"errors", "files", "lpips_network", "metrics", "randomness", "weight_files"}, "metrics and leaves"
 
 
 def test_errors_of_the_distance_are_value_errors() -> None:
