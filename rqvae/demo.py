@@ -142,7 +142,7 @@ class Demo:
             "stage1_run": str(self.newest("stage1")),
             "stage2_run": str(self.newest("stage2")),
         }
-        (self.root / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_json(self.root / "summary.json", summary)
         return summary
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -69,5 +70,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Give `path` this value as JSON, or leave it as it was."""
-    write_whole(path, json.dumps(value, indent=1))
+    """Give `path` this value as JSON, or leave it as it was; NaN and infinity, which JSON does not have, are null."""
+    write_whole(path, json.dumps(_without_non_finite(value), indent=1, allow_nan=False))
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ from rqvae.errors import BadInput
 from rqvae.metrics.evaluation import FeatureSums
 from rqvae.metrics.extractors import Extractor, Features, InceptionExtractor
 from rqvae.metrics.images import ImageSource
-from rqvae.metrics.protocol import cautions
+from rqvae.metrics.inception_score import InceptionScore
+from rqvae.metrics.protocol import cautions, cautions_of_order
 from tests.inception_weights import write_random_inception
 
 
@@ -165,6 +167,47 @@ def test_an_npz_is_streamed_and_shared_by_ranks(tmp_path: Path) -> None:
         np.testing.assert_array_equal(torch.stack([seen[i] for i in range(23)]).permute(0, 2, 3, 1), images)
         assert source.labels() is None
     assert ImageSource(npz_of(tmp_path / "l.npz", images, np.arange(23))).labels().tolist() == list(range(23))
+
+
+def scores_in(order: np.ndarray, seed: int, classes: int = 100) -> dict[str, float]:
+    """Both Inception Scores of sharp predictions, each of the class that `order` (N,) says."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(order), classes, generator=draw)
+    logits[torch.arange(len(order)), torch.from_numpy(order)] += 8 * torch.rand(len(order), generator=draw)
+    found: dict[str, float] = {}
+    shuffled = InceptionScore.shuffled(len(order), classes=classes)
+    for name, score in (
+        ("shuffled_10", shuffled),
+        ("file_order", InceptionScore.in_file_order(len(order), 5000, classes)),
+    ):
+        score.update(logits, torch.arange(len(order)))
+        found[f"inception_score_{name}"], found[f"inception_score_{name}_std"] = score.result()
+    return found
+
+
+def test_file_order_scores_of_sorted_images_are_warned_of_without_labels() -> None:
+    by_class = np.arange(100).repeat(200)  # 20,000: each file-order split has a quarter of the classes
+    said = cautions_of_order(scores_in(by_class, 0))
+    assert len(said) == 1
+    assert re.fullmatch(r"Inception Score is \d+\.\d+ in file order and \d+\.\d+ shuffled: .*", said[0])
+    for seed in range(3):
+        mixed = np.random.default_rng(seed).permutation(by_class)
+        assert cautions_of_order(scores_in(mixed, seed)) == []
+    assert cautions_of_order(scores_in(by_class[::5], 0)) == [], "4000 images are one split: there is no order"
+    assert cautions_of_order({"inception_score_file_order": 1.0, "inception_score_file_order_std": 0.0}) == []
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "std", "warned"),
+    [
+        (159.0, 4.0, True),  # published samples in the order of their classes have 41 in file order
+        (44.0, 0.5, False),  # 7 % lower: splits of other sizes do that to 1000 classes
+        (60.0, 60.0, False),  # within five standard errors of so few images
+    ],
+)
+def test_file_order_is_much_lower_beyond_noise_and_size_of_splits(shuffled: float, std: float, warned: bool) -> None:
+    scores = {"inception_score_shuffled_10": shuffled, "inception_score_shuffled_10_std": std}
+    assert bool(cautions_of_order(scores | {"inception_score_file_order": 41.0})) is warned
 
 
 def test_warnings_of_samples() -> None:

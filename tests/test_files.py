@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rqvae.errors import BadInput
@@ -39,3 +42,16 @@ def test_what_is_no_json_object_is_told(content: str | bytes | None, got: str, t
         write_whole(path, content)
     with pytest.raises(BadInput, match=f"^{re.escape(str(path))}: expected a JSON .*{got}.*; remove it$"):
         read_json(path, "remove it")
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    """RFC 8259, section 6: NaN and infinity are no JSON; jq, JavaScript and Go refuse a file that has them."""
+    path = tmp_path / "scores.json"
+    value = {"psnr": math.nan, "rows": [1.5, (np.float64("inf"), "NaN")], "more": {"kl": -math.inf, "n": 3, "x": None}}
+    write_json(path, value)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)
+    assert found == {"psnr": None, "rows": [1.5, [None, "NaN"]], "more": {"kl": None, "n": 3, "x": None}}

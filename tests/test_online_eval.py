@@ -15,6 +15,7 @@ from eval.pytorch_fid.__main__ import main as pytorch_fid
 from rqvae import backends
 from rqvae.configuration import read
 from rqvae.img_datasets.interfaces import LabeledImageData
+from rqvae.img_datasets.photos import SkimagePhotos
 from rqvae.metrics.feature_files import read_features
 from rqvae.metrics.frechet import frechet
 from rqvae.metrics.perceptual import LPIPSScore
@@ -105,8 +106,14 @@ def test_gfid_is_of_the_images_that_sample_gives(tmp_path: Path, cli) -> None:
     assert pytorch_fid([str(a) for a in arguments]) == 0
     found = json.loads(offline.read_text())
     assert found["fd_projections"] == pytest.approx(rows(run)[-1][KEY], rel=1e-9)
-    for key in ("steps", "sampler", "ema", "uint8_rule", "cfg_scale"):
+    assert fields["nfe"] == 4, "Euler: one a step"
+    for key in ("steps", "sampler", "nfe", "ema", "uint8_rule", "cfg_scale"):
         assert found["protocol"][key] == fields[key], key
+    kept = run / "eval" / "step_00000002_features.npz"
+    assert pytorch_fid([str(reference), str(kept), "--jackknife", "5", "--json", str(offline)]) == 0
+    bar = json.loads(offline.read_text())["jackknife"]
+    assert bar["estimate"] == pytest.approx(rows(run)[-1][KEY], rel=1e-9)
+    assert bar["standard_error"] > 0
     assert fields["extractor"] == "projections-0"
     assert any("33 images" in note for note in report(run)["warnings"])
 
@@ -241,6 +248,38 @@ def test_a_foreign_reference_is_taken_with_a_warning(tmp_path: Path, cli) -> Non
 )
 def test_scores_that_do_not_exist_are_refused(stage, more, said, tmp_path: Path, cli, capfd) -> None:
     assert said in refused(cli, capfd, *words(stage, tmp_path / "s", *more))
+    assert not (tmp_path / "s").exists()
+
+
+class Few(SkimagePhotos):
+    """Photos with as many validation images as a test wants."""
+
+    def __init__(self, split: str, *, val: int, **arguments) -> None:
+        super().__init__(split, **arguments)
+        self.val, self.opened = val, False
+
+    def open(self) -> None:
+        super().open()
+        self.opened = True
+
+    def __len__(self) -> int:
+        return self.val if self.opened and self.split == "val" else super().__len__()
+
+
+@pytest.mark.parametrize(
+    ("stage", "val", "more", "said"),
+    [
+        (1, 1, [], "online_eval.images: expected at least 2 images of the validation split for rfid, it has 1"),
+        (1, 0, ["--online_eval.metrics", "[psnr]"], "at least 1 images of the validation split for psnr, it has 0"),
+        (2, 1, ["--online_eval.images", 4], "online_eval.reference: expected a file, the validation split has 1 image"),
+    ],
+)
+def test_too_small_a_split_is_told_before_the_first_step(
+    stage: int, val: int, more: list, said: str, tmp_path: Path, cli, capfd
+) -> None:
+    data = {"class_path": "tests.test_online_eval.Few", "init_args": {"val": val, "size": 16, "patches_per_photo": 16}}
+    line = words(stage, tmp_path / "s", "--data.dataset", json.dumps(data), *more)
+    assert said in refused(cli, capfd, *line)
     assert not (tmp_path / "s").exists()
 
 

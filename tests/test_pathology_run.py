@@ -18,6 +18,7 @@ from torch import nn
 
 from rqvae.callbacks.trace import FILE
 from rqvae.img_datasets.class_draws import cutoffs
+from rqvae.metrics.images import ImageSource
 from tests.conftest import assert_same, finish, largest_difference, only, rows, start, tensors, without_times
 from tests.xla_job import environment
 
@@ -258,6 +259,7 @@ def test_a_folder_of_ones_own_trains(tmp_path: Path, cli, capfd) -> None:
     assert cli("sample", run, "--num", 3, "--out", out, *given) == 0
     assert sorted(path.name for path in out.rglob("*.png")) == sorted([f"{i:06d}.png" for i in range(3)] * 2)
     assert json.loads((out / "provenance.json").read_text())["masks"][0] == "00_mask.png"
+    assert len(ImageSource(out)) == 3, "masks are scored by nothing"
     assert cli("sample", run, "--num", 3, "--out", tmp_path / "none", "--backend", "cpu") == 2
     assert "--masks: expected a PNG or a folder of masks, the model is on masks, got none" in capfd.readouterr().err
     first = tmp_path / "data" / "labelled" / "00_mask.png"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from rqvae.diffusion.guidance import Autoguidance, ClassifierFree, Interval
+from rqvae.diffusion.sampling import Sampler
 from tests.conftest import finish, only, start
 
 STAGE2 = "configs/debug/stage2.yaml"
@@ -39,6 +42,8 @@ def test_npz_folder_and_provenance(trained: Path, tmp_path: Path, cli) -> None:
     assert np.array_equal(np.stack(files), images)
     facts = json.loads((tmp_path / "a.json").read_text())
     assert facts["nfe"] == 5, "Heun: two a step, the last step is Euler's"
+    assert facts["protocol"]["nfe"] == 5
+    assert cli(*line, "--out", tmp_path / "a.npz") == 0, "one that is done is left alone"
     assert (facts["solver"], facts["steps"], facts["seed"], facts["step"]) == ("heun", 3, 0, 2)
     assert facts["weights"] == "ema_0.9"
     assert "2" in facts["guidance"]
@@ -91,7 +96,9 @@ def test_three_lines(trained: Path) -> None:
     import rqvae
 
     pipeline = rqvae.load(trained)
+    assert pipeline.nfe is None
     images = pipeline.sample(3, steps=2, seed=1)
+    assert pipeline.nfe == 2
     assert images.shape == (3, 3, 16, 16)
     assert 0 <= images.min() <= images.max() <= 1
     assert torch.equal(images[:2], pipeline.sample(3, steps=2, seed=1)[:2])
@@ -105,3 +112,21 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="config.yaml"):
         rqvae.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("own", "scale", "expected"),
+    [
+        (None, 3.0, ClassifierFree(3.0)),
+        (ClassifierFree(2.0), 3.0, ClassifierFree(3.0)),
+        (Interval(2.0, 0.2, 0.8), 3.0, Interval(3.0, 0.2, 0.8)),
+        (Autoguidance(torch.add, 2.0), 3.0, Autoguidance(torch.add, 3.0)),
+        (Interval(2.0, 0.2, 0.8), None, Interval(2.0, 0.2, 0.8)),
+        (Interval(2.0, 0.2, 0.8), 1.0, None),
+    ],
+)
+def test_another_scale_is_of_the_runs_own_kind_of_guidance(own, scale, expected) -> None:
+    from rqvae.api import change_sampler
+
+    two_stage = SimpleNamespace(stage2=SimpleNamespace(sampler=Sampler(guidance=own)))
+    assert change_sampler(two_stage, guidance=scale).guidance == expected  # type: ignore[arg-type]

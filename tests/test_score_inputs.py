@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ from gpu_eval.fid.__main__ import main as adm
 from rqvae.files import file_sha256
 from rqvae.metrics.evaluation import FeatureSums
 from rqvae.metrics.extractors import INCEPTION_URL, Extractor, Features, InceptionExtractor, make_extractor
-from rqvae.metrics.images import read_image
+from rqvae.metrics.images import ImageSource, read_image
 from rqvae.metrics.perceptual import LPIPSScore
 from tests.conftest import ROOT
 from tests.inception_weights import write_random_inception
@@ -382,3 +383,16 @@ def test_networks_of_scores_compute_in_full_float32(weights: Path, tmp_path: Pat
         assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_masks_beside_samples_are_not_samples(tmp_path: Path) -> None:
+    """What `sample --masks` writes below the samples; a folder of one's own that has such a name is images."""
+    shutil.copytree(folder_of(photos(5), tmp_path / "first"), tmp_path / "samples")
+    shutil.copytree(tmp_path / "samples", tmp_path / "samples" / "masks")
+    shutil.copytree(tmp_path / "samples" / "masks", tmp_path / "samples" / "more" / "masks")
+    assert len(ImageSource(tmp_path / "samples")) == 15
+    (tmp_path / "samples" / "provenance.json").write_text("{}")
+    source = ImageSource(tmp_path / "samples")
+    assert [file.relative_to(source.path).parts[0] for file in source.files[5:]] == ["more"] * 5
+    assert len(source) == 10
+    assert len(ImageSource(tmp_path / "samples" / "masks")) == 5

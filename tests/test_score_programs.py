@@ -39,8 +39,8 @@ from tests.test_fid_programs import PIXELS, folder_of, npz_of, photos, pixel_fea
 
 STAGE1 = "configs/debug/stage1.yaml"
 FIELDS = {
-    "reference", "n", "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "seed_rule", "ema", "precision",
-    "uint8_rule", "image_format", "versions",
+    "reference", "n", "labels_policy", "cfg_scale", "cfg_interval", "sampler", "steps", "nfe", "seed_rule", "ema",
+    "precision", "uint8_rule", "image_format", "versions",
 }  # fmt: skip
 OF_FEATURES = {"extractor", "weights_sha256", "resize", "scaling"}
 
@@ -303,7 +303,7 @@ def test_the_distance_comes_without_models_and_trainers() -> None:
     code = "import sys, eval.pytorch_fid.__main__, eval.psnr_ssims, gpu_eval.fid.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = {name.split(".")[1] for name in done.stdout.split() if name.startswith("rqvae.")}
-    assert loaded == {"errors", "files", "lpips_network", "metrics", "weight_files"}
+    assert loaded == {"errors", "files", "lpips_network", "metrics", "randomness", "weight_files"}, "metrics and leaves"
 
 
 def test_errors_of_the_distance_are_value_errors() -> None:
@@ -314,3 +314,16 @@ def test_errors_of_the_distance_are_value_errors() -> None:
     ):
         with pytest.raises(ValueError, match="expected"):
             frechet_distance(*arguments)
+
+
+def test_adm_warns_of_its_score_in_file_order_without_labels(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    found = {"inception_score_shuffled_10": 159.0, "inception_score_shuffled_10_std": 4.0}
+    found |= {"inception_score_file_order": 41.0, "inception_score_file_order_std": 3.0}
+    monkeypatch.setattr("rqvae.metrics.evaluation.FeatureSums.inception_scores", lambda _: found)
+    sides, out = [str(npz_of(tmp_path / f"{i}.npz", photos(4, seed=i))) for i in range(2)], tmp_path / "out.json"
+    assert adm([*sides, "--weights", str(weights), "--device", "cpu", "--json", str(out)]) == 0
+    words = "Inception Score is 41.00 in file order and 159.00 shuffled"
+    assert words in capsys.readouterr().err
+    assert sum(words in line for line in read(out)["warnings"]) == 1

@@ -22,7 +22,7 @@ from rqvae.metrics.images import ImageSource
 from rqvae.metrics.jackknife import interval
 from rqvae.metrics.precision_recall import Arithmetic, precision_recall
 from rqvae.metrics.programs import Parser, at_least_one, device_named, exit_code, prepare_files, write_result
-from rqvae.metrics.protocol import cautions, protocol
+from rqvae.metrics.protocol import cautions, cautions_of_order, protocol
 
 MODES: dict[str, tuple[str, Arithmetic]] = {
     "adm": ("inception_score_file_order", "adm_fp16"),
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.save_reference:
         assert reference.spatial is not None
         write_adm_reference(options.save_reference, sources[0], reference.pooled, reference.spatial)
-    notes += cautions(len(sources[1]), sources[1].labels(), reference.n, sources[1].format)
+    notes += cautions(len(sources[1]), sources[1].labels(), reference.n, sources[1].format) + cautions_of_order(scores)
     for note in notes:
         sys.stderr.write(f"warning: {note}\n")
     shown = {"Inception Score": MODES[options.mode][0], "FID": "fid", "sFID": "sfid"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Pipeline:
         two_stage: autoencoder, connector and generator; None for a Stage1 run.
         description: what `save_pretrained` writes besides weights; None where the pipeline was put together by hand.
         device: where the parts are.
+        nfe: function evaluations of each image of the last `sample`; None before it.
     """
 
     spec: DataSpec
@@ -44,6 +45,7 @@ class Pipeline:
     two_stage: TwoStage | None = None
     description: exported.Description | None = None
     device: torch.device = torch.device("cpu")
+    nfe: int | None = field(default=None, init=False)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, device: str | None = None) -> Pipeline:
@@ -92,13 +94,13 @@ class Pipeline:
         solver: Any = None,
         seed: int = 0,
     ) -> Tensor:
-        """Generate n images; image i is a function of (seed, i).
+        """Generate n images; image i is a function of (seed, i). `nfe` is then the function evaluations of each.
 
         Args:
             n: how many, at least 1.
             condition: of length n; None draws classes or actions from the seed where the model has them.
             steps: solver steps; None is the model's own.
-            guidance: scale of classifier-free guidance; None is the model's own.
+            guidance: scale of the model's own kind of guidance, classifier-free where it has none; None is its own.
             solver: a function of `rqvae.diffusion.solvers`; None is the model's own.
             seed: of noise and labels.
 
@@ -116,7 +118,9 @@ class Pipeline:
         noise = noise_of(self.two_stage.latent_shape, seed, 0, n).to(self.device)
         sampler = self.sampler(steps=steps, guidance=guidance, solver=solver)
         placed = condition and condition.to(self.device)
-        return self.two_stage.decode(self.two_stage.sample(placed, noise, sampler))
+        output = self.two_stage.sample(placed, noise, sampler)
+        self.nfe = output.nfe
+        return self.two_stage.decode(output)
 
     def sampler(self, *, steps: int | None = None, guidance: float | None = None, solver: Any = None) -> Sampler:
         """The model's own sampler with what is given changed, see `sample`.
@@ -164,10 +168,17 @@ class Pipeline:
 def change_sampler(
     two_stage: TwoStage, *, steps: int | None = None, guidance: float | None = None, solver: Any = None
 ) -> Sampler:
-    """The model's own sampler with what is given changed; guidance 1 is none."""
+    """The model's own sampler with what is given changed.
+
+    A scale is that of the model's own kind of guidance (its interval, or its guide, stays), else of classifier-free
+    guidance; 1 is no guidance.
+    """
     sampler: Any = two_stage.stage2.sampler
     if guidance is not None:
-        sampler = replace(sampler, guidance=None if guidance == 1 else ClassifierFree(guidance))
+        own = sampler.guidance
+        has_scale = is_dataclass(own) and "scale" in {entry.name for entry in fields(own)}
+        scaled = replace(own, scale=guidance) if has_scale else ClassifierFree(guidance)
+        sampler = replace(sampler, guidance=None if guidance == 1 else scaled)
     changes = {"steps": steps, "solver": solver}
     return replace(sampler, **{k: v for k, v in changes.items() if v is not None})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,17 @@ def refuse_options(
         if getattr(options, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
             raise BadInput(f"{option}: expected none beside {beside}, got {getattr(options, name)}")
+
+
+def finite_number(text: str) -> float:
+    """The value of an option that is neither NaN nor infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, check_world_size, find_solver, folder_at, numbers
+from rqvae.commands.options import Parser, check_world_size, find_solver, finite_number, folder_at, numbers
 from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def parser() -> Parser:
     own.add_argument("--class", dest="labels", type=numbers, default=(), metavar="K[,K...]", help="classes in turn")
     own.add_argument("--masks", type=Path, metavar="DIR|FILE.png", help="masks in turn, for a generator on masks")
     own.add_argument("--steps", type=int, help="solver steps; the run's own by default")
-    own.add_argument("--cfg", type=float, help="scale of classifier-free guidance; the run's own by default")
+    own.add_argument("--cfg", type=finite_number, help="scale of the run's guidance; its own by default")
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
-    own.add_argument("--seed", type=int, default=0, help="of noise and labels")
+    own.add_argument("--seed", type=int, default=0, help="of the noise; classes are taken in turn")
     own.add_argument("--batch-size", type=int, default=64, help="images of one call of the model, on each rank")
     own.add_argument("--out", type=Path, required=True, metavar="DIR|FILE.npz", help="PNGs, or one ADM .npz")
     own.add_argument("--compile-plan", metavar="FILE", help="compile_plan.yaml that `diagnose` wrote, for Stage1")

@@ -9,6 +9,7 @@ may skip a forward without a device read-back) and the condition. All latent cha
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -49,6 +50,9 @@ class ClassifierFree(Guidance):
 
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+
     @property
     def needs_null(self) -> bool:
         """True unless the scale is 1."""
@@ -85,6 +89,7 @@ class Interval(ClassifierFree):
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.start < self.end <= 1:
             raise BadInput(f"guidance: expected 0 <= start < end <= 1, got start {self.start}, end {self.end}")
 
@@ -111,12 +116,20 @@ class Autoguidance(Guidance):
     guide: Predict
     scale: float = 2.0
 
+    def __post_init__(self) -> None:
+        _check_scale(self.scale)
+
     def __call__(self, predict: Predict, x: Tensor, t: Tensor, condition: Any) -> Tensor:
         """See `Guidance`."""
         prediction = predict(x, t, condition)
         if self.scale == 1:
             return prediction
         return torch.lerp(self.guide(x, t, condition), prediction, self.scale)
+
+
+def _check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise BadInput(f"guidance: scale: expected a finite number, got {scale}")
 
 
 def joined(first: Any, second: Any) -> Any:

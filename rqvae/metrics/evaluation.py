@@ -17,10 +17,10 @@ from rqvae.metrics.images import ImageSource
 from rqvae.metrics.inception import CLASSES, SPATIAL_DIM
 from rqvae.metrics.inception_score import InceptionScore
 from rqvae.metrics.jackknife import GroupedStatistics, Jackknife, jackknife_features, jackknife_frechet
-from rqvae.metrics.protocol import stated_generation
+from rqvae.metrics.protocol import SHUFFLED_SPLITS, stated_generation
 from rqvae.metrics.statistics import StreamingStatistics
 
-SPLITS = 10
+SPLITS = SHUFFLED_SPLITS
 
 
 class FeatureSums:

@@ -20,6 +20,8 @@ from rqvae.files import file_sha256
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 DEEP = {"F": "floats", "I": "32 bits"}
 """Pillow's modes; I;16 and its relatives have 16."""
+PROVENANCE, MASKS = "provenance.json", "masks"
+"""What `rqvae sample` leaves beside the images of a folder: how they were made, and their masks."""
 ARRAY, LABELS = "arr_0", "arr_1"
 
 
@@ -27,7 +29,8 @@ class ImageSource:
     """Equally large 8-bit RGB images in a fixed order.
 
     Args:
-        path: a folder, searched below, in the order of the names; or an npz with `arr_0`, uint8 (N, H, W, 3), as the
+        path: a folder, searched below, in the order of the names, without the masks that `rqvae sample` writes below
+            samples that were made from masks; or an npz with `arr_0`, uint8 (N, H, W, 3), as the
             ADM suite has it. The npz is streamed, never loaded.
 
     Raises:
@@ -38,7 +41,9 @@ class ImageSource:
         self.path = path
         self.files: list[Path] = []
         if path.is_dir():
-            self.files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            masks = path / MASKS if (path / PROVENANCE).is_file() else None
+            found = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            self.files = sorted(p for p in found if masks not in p.parents)
             if not self.files:
                 raise BadInput(f"{path}: expected images ({' '.join(sorted(SUFFIXES))}), found none")
             height, width, _ = read_image(self.files[0]).shape

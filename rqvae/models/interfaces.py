@@ -116,6 +116,11 @@ class Stage2ModelOutput(TensorFields):
     zs_degraded: Tensor | None = None
     additional_attr: dict[str, Any] | None = None
 
+    @property
+    def nfe(self) -> int | None:
+        """Number of function evaluations of a sample; None where the model does not say."""
+        return (self.additional_attr or {}).get("nfe")
+
 
 @register_pytree
 @dataclass(eq=False)

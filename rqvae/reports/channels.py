@@ -19,7 +19,7 @@ from rqvae.reports.channel_drawings import (
 )
 from rqvae.reports.channel_files import ChannelFiles, read_channels
 from rqvae.reports.effects import LEAST_SEEDS, Arm, arms_of, paired_effect
-from rqvae.reports.page import Cell, Page, Tile
+from rqvae.reports.page import Cell, Page, Tile, show
 from rqvae.reports.run_files import read_run
 from rqvae.reports.run_report import distinct_names
 
@@ -245,6 +245,6 @@ def _ablation_words(files: ChannelFiles) -> str:
         return ""
     return (
         f" Ablation: change of PSNR when the channel is replaced by its mean, at step {found['step']}, "
-        f"{found['images']} images of {found['split']}, from {found['psnr']:.3f} dB; – where no layer takes the "
+        f"{found['images']} images of {found['split']}, from {show(found['psnr'])} dB; – where no layer takes the "
         f"channel in alone, or it is none of the {found['limit']} lowest scores."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def ablate(run: AnyRun, backend: Backend, request: AblationRequest) -> dict[str,
         for row in read_json(request.folder / "channels" / "regions.json")["regions"]
         if row["death"] is None and row["state"] in DEAD
     ]
-    chosen = sorted(rows, key=lambda row: row["score"])[: request.limit]
+    chosen = sorted(rows, key=lambda row: math.inf if row["score"] is None else row["score"])[: request.limit]
     layers = [row["name"] for row in read_json(request.folder / "channels" / "layers.json")["layers"]]
     at = load_evaluated(run.stage1, "stage1", request.folder, "model")
     stage1 = run.stage1.to(backend.device)

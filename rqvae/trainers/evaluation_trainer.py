@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rqvae.backends import Backend
-from rqvae.errors import BadInput
+from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.feed import Positions, make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, Split
 from rqvae.metrics.grids import image_grid
@@ -97,6 +97,28 @@ def reconstruct(stage1: Stage1Model, images: Tensor) -> Tensor:
 def as_pictures(images: Tensor) -> np.ndarray:
     """(N, 3, H, W) uint8 on the host."""
     return to_uint8(images).cpu().numpy()
+
+
+def finite_pictures(images_bchw: Tensor, raw: Tensor, numbers: Sequence[int], what: str) -> np.ndarray:
+    """`as_pictures` of images whose model gave finite numbers; NaN would be written as black and look like an image.
+
+    The flags travel in the same tensor as the pictures, so that the device is read once.
+
+    Args:
+        images_bchw: (B, 3, H, W) in [0, 1], of which the first `len(numbers)` count.
+        raw: (B, ...) what the images were made from, before it was clamped, which turns infinity into white.
+        numbers: of the images that count, for the error.
+        what: they are, for the error.
+
+    Raises:
+        RunFailed: images that count are not finite.
+    """
+    finite_b = images_bchw.isfinite().flatten(1).all(1) & raw.isfinite().flatten(1).all(1)
+    flat = to_uint8(images_bchw).flatten(1)
+    rows = torch.cat([flat, finite_b[:, None].to(flat.dtype)], 1).cpu().numpy()
+    if broken := int((rows[: len(numbers), -1] == 0).sum()):
+        raise RunFailed(f"{what} {min(numbers)} to {max(numbers)}: {broken} of {len(numbers)} images are not finite")
+    return rows[:, :-1].reshape(images_bchw.shape)
 
 
 def reconstruction_grid(stage1: Stage1Model, walk: SplitWalk, images: int) -> np.ndarray:

@@ -22,11 +22,12 @@ from rqvae.errors import BadInput
 from rqvae.files import read_json, replacing, write_json
 from rqvae.img_datasets.interfaces import ActionCondition, ClassCondition, Condition, DataSpec
 from rqvae.mask_colours import coloured
+from rqvae.metrics.images import MASKS, PROVENANCE
 from rqvae.metrics.reconstruction import UINT8_RULE
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import generator, normal
 from rqvae.trainers import checkpoint
-from rqvae.trainers.evaluation_trainer import as_pictures
+from rqvae.trainers.evaluation_trainer import finite_pictures
 from rqvae.trainers.painted_masks import masks_in, masks_in_turn
 from rqvae.trainers.parts import on_main
 from rqvae.trainers.run_folder import make_folder
@@ -65,7 +66,7 @@ class SampleRequest:
     @property
     def note(self) -> Path:
         """The JSON with how the images were made."""
-        return self.out.with_suffix(".json") if self.out.suffix == ".npz" else self.out / "provenance.json"
+        return self.out.with_suffix(".json") if self.out.suffix == ".npz" else self.out / PROVENANCE
 
 
 def labels_of(spec: DataSpec, request: SampleRequest) -> Tensor | None:
@@ -135,6 +136,7 @@ def generate(
 
     Raises:
         BadInput: `out` holds something else.
+        RunFailed: images that are not finite; nothing of their batch is written.
     """
     labels, masks = labels_of(spec, request), masks_of(spec, request)
     facts = {
@@ -172,8 +174,10 @@ def generate(
             condition = condition_of(spec, chosen)
         noise = noise_of(two_stage.latent_shape, request.seed, first, request.batch_size).to(backend.device)
         output = two_stage.sample(condition and condition.to(backend.device), noise, sampler)
-        write_json(request.parts / "nfe.json", (output.additional_attr or {}).get("nfe"))
-        _write(part, as_pictures(two_stage.decode(output)))
+        write_json(request.parts / "nfe.json", output.nfe)
+        numbers = range(first, min(first + request.batch_size, request.num))
+        made = finite_pictures(two_stage.decode(output), output.zs_pred, numbers, f"{request.out}: samples")
+        _write(part, made)
     backend.barrier()
     return on_main(backend, lambda: _finish(request, spec, labels, facts))
 
@@ -202,10 +206,13 @@ def _claim(request: SampleRequest, facts: dict[str, Any]) -> dict[str, Any] | No
 
 
 def _check_same(held: dict[str, Any], facts: dict[str, Any], where: str) -> None:
-    """BadInput where what is there was made in another way."""
+    """BadInput where what is there was made in another way; what only finished images have, as nfe, is not compared."""
     for key, value in json.loads(json.dumps(facts)).items():
-        if held.get(key) != value:
-            raise BadInput(f"{where} made with {key} {held.get(key)}, not {value}; remove it or choose another place")
+        found = held.get(key)
+        if isinstance(value, dict) and isinstance(found, dict):
+            _check_same(found, value, where)
+        elif found != value:
+            raise BadInput(f"{where} made with {key} {found}, not {value}; remove it or choose another place")
 
 
 def _write(part: Path, images: np.ndarray) -> None:
@@ -223,7 +230,8 @@ def _images(request: SampleRequest) -> Iterator[tuple[int, np.ndarray]]:
 def _finish(request: SampleRequest, spec: DataSpec, labels: Tensor | None, facts: dict[str, Any]) -> dict[str, Any]:
     """Put the parts together and remove them."""
     shape = list(next(_images(request))[1].shape[1:])
-    facts = {**facts, "nfe": json.loads((request.parts / "nfe.json").read_text()), "image_shape": shape}
+    nfe = json.loads((request.parts / "nfe.json").read_text())
+    facts = {**facts, "nfe": nfe, "image_shape": shape, "protocol": {**facts["protocol"], "nfe": nfe}}
     if request.out.suffix == ".npz":
         _write_npz(request, labels, (request.num, *shape))
     else:
@@ -241,11 +249,11 @@ def _write_masks(request: SampleRequest, spec: DataSpec) -> None:
     """The coloured mask of each image, under its number."""
     if not (files := masks_of(spec, request)):
         return
-    (request.out / "masks").mkdir(exist_ok=True)
+    (request.out / MASKS).mkdir(exist_ok=True)
     for number in range(request.num):
         mask = masks_in_turn(files, spec, number, 1).mask.numpy()
         picture = coloured(mask, spec.num_mask_classes)[0].transpose(1, 2, 0)
-        Image.fromarray(picture).save(request.out / "masks" / f"{number:06d}.png")
+        Image.fromarray(picture).save(request.out / MASKS / f"{number:06d}.png")
 
 
 def _write_npz(request: SampleRequest, labels: Tensor | None, shape: tuple[int, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +98,7 @@ class Samples:
         walk: the validation split, and images of a forward.
         seed: of the noise.
         images: how many; 0 is as many as the split has.
+        nfe: function evaluations of a sample, once there are some.
     """
 
     two_stage: TwoStage
@@ -105,6 +106,7 @@ class Samples:
     walk: SplitWalk
     seed: int
     images: int = 0
+    nfe: int | None = field(default=None, init=False)
     distance = "gfid"
 
     @property
@@ -130,8 +132,9 @@ class Samples:
     def _generate(self, condition: Condition | None, ids_b: Tensor, valid_b: Tensor) -> MadeBatch:
         noise = noise_of(self.two_stage.latent_shape, self.seed, int(ids_b[0]), len(ids_b))
         noise = noise.to(self.walk.backend.device, self.walk.dtype)
-        images = self.two_stage.decode(self.two_stage.sample(condition, noise))
-        return MadeBatch(images, ids_b, valid_b)
+        output = self.two_stage.sample(condition, noise)
+        self.nfe = output.nfe
+        return MadeBatch(self.two_stage.decode(output), ids_b, valid_b)
 
     def _labels_of(self, ids_b: Tensor) -> Tensor | None:
         classes = self.spec.num_classes or self.spec.num_actions
@@ -146,5 +149,6 @@ class Samples:
         return {
             "labels_policy": given if self._in_turn else "conditions of the validation split's images",
             **sampler_facts(sampler if isinstance(sampler, Sampler) else None),
+            "nfe": self.nfe,
             "seed_rule": f"noise of image i is a function of ({self.seed}, i), the same at every evaluation",
         }

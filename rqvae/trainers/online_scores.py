@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ from tqdm import tqdm
 from rqvae.backends import Backend
 from rqvae.callbacks.interfaces import RunView
 from rqvae.errors import BadInput
+from rqvae.files import write_json
 from rqvae.img_datasets.interfaces import DataSpec
 from rqvae.metrics.evaluation import SPLITS, FeatureSums, distance_between
 from rqvae.metrics.extractors import Extractor, make_extractor
 from rqvae.metrics.feature_files import FeatureFile, moments, write_features, write_statistics
 from rqvae.metrics.frechet import FrechetDistance
 from rqvae.metrics.perceptual import LPIPSScore
-from rqvae.metrics.protocol import cautions, protocol
+from rqvae.metrics.protocol import cautions, cautions_of_order, protocol
 from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, WINDOW, ReconstructionScores
 from rqvae.models.ema import EMA
 from rqvae.run import AnyRun
@@ -54,7 +54,7 @@ def prepare(
         ema: the first one is evaluated.
 
     Raises:
-        BadInput: weights or a reference that are missing or do not fit.
+        BadInput: weights or a reference that are missing or do not fit; a validation split that is too small.
     """
     settings = run.online_eval
     if not settings.every:
@@ -69,9 +69,27 @@ def prepare(
         own, images = originals(run.data, "val", backend, settings.batch_size), settings.images if run.stage == 1 else 0
         scores.reference = OnlineReference(own, scores.extractor, settings.reference, images, bar)
         scores.reference.check()
+    # `count` opens the split, which the other ranks need not: a mistake of it is told before the first step
+    on_main(backend, lambda: _check_counts(settings, maker, scores.reference))
     if "lpips" in settings.metrics:
         scores.lpips = _load_lpips(settings, backend)
     return scores
+
+
+def _check_counts(settings: OnlineEvalSettings, maker: ImageMaker, reference: OnlineReference | None) -> None:
+    least, names = _least_images(settings), ", ".join(settings.metrics)
+    if (count := maker.count()) < least:
+        raise BadInput(
+            f"online_eval.images: expected at least {least} images of the validation split for {names}, it has {count}"
+        )
+    if reference is not None and reference.given is None and (count := reference.walk.count(reference.images)) < 2:
+        raise BadInput(f"online_eval.reference: expected a file, the validation split has {count} images")
+
+
+def _least_images(settings: OnlineEvalSettings) -> int:
+    if not needs_extractor(settings):
+        return 1
+    return SPLITS if "is" in settings.metrics else 2
 
 
 def _load_lpips(settings: OnlineEvalSettings, backend: Backend) -> LPIPSScore:
@@ -124,7 +142,7 @@ def check_online_eval(run: AnyRun, spec: DataSpec) -> None:
     if needs_extractor(settings):
         if OF_INCEPTION & set(settings.metrics) and (name := _name(settings)) != "fid":
             raise BadInput(f"online_eval.metrics: sfid and is: expected the extractor inception, got that of {name}")
-        least = SPLITS if "is" in settings.metrics else 2
+        least = _least_images(settings)
         if settings.images and settings.images < least:
             raise BadInput(f"online_eval.images: expected 0 or at least {least}, got {settings.images}")
 
@@ -239,11 +257,11 @@ class OnlineScores:
         named = {row_names(self.settings)[metric]: scores[metric] for metric in self.settings.metrics}
         shown = {f"eval/{name}": value for name, value in others.items()} | named
         report = {
-            **self._report(run, side, broken),
+            **self._report(run, side, broken, cautions_of_order(others)),
             "distances": {metric: vars(distance) for metric, distance in distances.items()},
-            "scores": {name: value if math.isfinite(value) else None for name, value in shown.items()},
+            "scores": shown,
         }
-        file.write_text(json.dumps(report, indent=1))
+        write_json(file, report)
         return scores
 
     def _distances(self, side: FeatureFile) -> dict[str, FrechetDistance]:
@@ -267,14 +285,16 @@ class OnlineScores:
         of_sfid = None if features.spatial is None else features.features("spatial")
         return FeatureFile(path, "", pooled, spatial, kept, of_sfid, features.n, identity)
 
-    def _report(self, run: RunView, side: FeatureFile, broken: int) -> dict[str, Any]:
+    def _report(self, run: RunView, side: FeatureFile, broken: int, warned: list[str]) -> dict[str, Any]:
         assert self.extractor is not None
         assert self.reference is not None
         assert self.reference.file is not None
         assert side.n is not None
         reference = self.reference.file
         labels = self.maker.labels()
-        notes = self.reference.notes + cautions(side.n, None if labels is None else labels.numpy(), reference.n)
+        notes = (
+            self.reference.notes + cautions(side.n, None if labels is None else labels.numpy(), reference.n) + warned
+        )
         if self.maker.distance == "rfid" and reference.protocol.get("split", "val") != "val":
             notes.append("papers' rFID is to the validation split's originals, this reference is of another split")
         if broken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from rqvae import remote
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
-from rqvae.files import replacing
+from rqvae.files import replacing, write_json
+from rqvae.img_datasets.interfaces import LabeledImageData
 from rqvae.metrics.grids import image_grid
 from rqvae.metrics.images import ImageSource
 from rqvae.metrics.protocol import cautions_of_pairs, protocol
@@ -25,7 +27,7 @@ from rqvae.metrics.reconstruction import CONVENTIONS, UINT8_RULE, Reconstruction
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun
 from rqvae.trainers import checkpoint
-from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_stage1, reconstruct
+from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, finite_pictures, load_stage1, reconstruct
 from rqvae.trainers.fetching import fetched, refresh
 from rqvae.trainers.joint_start import check_shared
 from rqvae.trainers.logging import add_to_wandb
@@ -76,6 +78,9 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
     """Write `images/INDEX.png`, `originals/`, `grids/` and `metrics.json`; returns PSNR and SSIM of the 8-bit images.
 
     Image i is scored from its file, so that a run that was cut off and repeated gives the same numbers.
+
+    Raises:
+        RunFailed: reconstructions that are not finite; those of their batch are not written.
     """
     weights = load_stage1(run.stage1, request.source, "CKPT")
     stage1 = run.stage1.to(backend.device).eval()
@@ -87,17 +92,10 @@ def reconstruct_split(run: AnyRun, backend: Backend, request: ReconRequest) -> d
     check_shared(backend, request.folder)
     sums = ReconstructionScores(backend.device, backend.widest_float)
     per_step = max(1, run.data.batch_size)
-    bar = tqdm(total=len(walk.stream), desc=request.folder.name, unit="image", disable=backend.rank > 0)
-    for batch, valid in walk.batches():
-        assert batch.sample_id is not None
-        names = [f"{i:06d}.png" for i in batch.sample_id.tolist()]
-        original = batch.require_img()
-        recon = _read_or_reconstruct(stage1, original, [request.folder / "images" / name for name in names], valid)
-        if request.originals:
-            _write([request.folder / "originals" / name for name in names], original, valid)
-        sums.update(recon, original, valid)
-        bar.update(min(per_step, len(walk.stream) - bar.n))
-    bar.close()
+    with tqdm(total=len(walk.stream), desc=request.folder.name, unit="image", disable=backend.rank > 0) as bar:
+        for batch, valid in walk.batches():
+            sums.update(*_through(request, stage1, batch, valid), valid)
+            bar.update(min(per_step, len(walk.stream) - bar.n))
     result = ReconstructionScores.result(backend.all_reduce(sums.state()))
     scores = {name: result[name] for name in CONVENTIONS}
     on_main(backend, lambda: _finish(request, walk, stage1, scores, facts))
@@ -117,22 +115,40 @@ def _claim(request: ReconRequest, facts: dict[str, str | None]) -> None:
     note.write_text(json.dumps(facts))
 
 
-def _read_or_reconstruct(stage1: Stage1Model, original: Tensor, files: list[Path], valid: Tensor) -> Tensor:
+def _through(
+    request: ReconRequest, stage1: Stage1Model, batch: LabeledImageData, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Reconstructions and originals (B, 3, H, W), with the files of both."""
+    assert batch.sample_id is not None
+    names, original = [f"{i:06d}.png" for i in batch.sample_id.tolist()], batch.require_img()
+    recon = _read_or_reconstruct(stage1, batch, [request.folder / "images" / name for name in names], valid)
+    if request.originals:
+        _write([request.folder / "originals" / name for name in names], lambda: as_pictures(original), valid)
+    return recon, original
+
+
+@torch.no_grad()
+def _read_or_reconstruct(stage1: Stage1Model, batch: LabeledImageData, files: list[Path], valid: Tensor) -> Tensor:
     """(B, 3, H, W): the images of an earlier call where all of the batch are there, else new ones, written."""
+    original = batch.require_img()
     if all(file.exists() for file in files):
         arrays = np.stack([np.asarray(Image.open(file)) for file in files])
         return torch.from_numpy(arrays).permute(0, 3, 1, 2).to(original.device, original.dtype) / 255
-    recon = reconstruct(stage1, original)
-    _write(files, recon, valid)
+    raw = stage1(LabeledImageData(img=original)).xs_recon
+    recon = stage1.get_recon_imgs(raw)
+    assert batch.sample_id is not None
+    # those that only fill up the batch come last
+    numbers = [i for i, counts in zip(batch.sample_id.tolist(), valid.tolist(), strict=True) if counts]
+    _write(files, lambda: finite_pictures(recon, raw, numbers, f"{files[0].parent}: reconstructions"), valid)
     return recon
 
 
-def _write(files: list[Path], images: Tensor, valid: Tensor) -> None:
-    """The images (B, 3, H, W) that count, those that an earlier call wrote left as they are."""
+def _write(files: list[Path], pictures: Callable[[], np.ndarray], valid: Tensor) -> None:
+    """The pictures (B, 3, H, W) that count, those that an earlier call wrote left as they are."""
     wanted = [counts and not file.exists() for file, counts in zip(files, valid.tolist(), strict=True)]
     if not any(wanted):
         return
-    for file, picture, is_wanted in zip(files, as_pictures(images), wanted, strict=True):
+    for file, picture, is_wanted in zip(files, pictures(), wanted, strict=True):
         if is_wanted:
             with replacing(file) as temporary:
                 Image.fromarray(picture.transpose(1, 2, 0)).save(temporary)
@@ -158,7 +174,7 @@ def _finish(
     text = {**scores, "n": len(walk.stream), "skipped": skipped, "step": step, **facts, "convention": convention}
     text["protocol"] = protocol(of_originals, len(walk.stream), {}, made)
     text["warnings"] = cautions_of_pairs(len(walk.stream))
-    (request.folder / "metrics.json").write_text(json.dumps(text, indent=1))
+    write_json(request.folder / "metrics.json", text)
     if mirror := mirror_of(request.folder):
         mirror.send()
     if request.wandb_id:
