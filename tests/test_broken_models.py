@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +91,35 @@ def test_a_scale_of_guidance_is_finite(scale: float) -> None:
     for make in (ClassifierFree, Interval, lambda s: Autoguidance(torch.add, s)):
         with pytest.raises(BadInput, match="guidance: scale: expected a finite number"):
             make(scale)
+
+
+def test_dreams_that_are_not_finite_are_not_scored(monkeypatch) -> None:
+    from rqvae.api import load
+    from rqvae.trainers.dream import Dream
+    from rqvae.trainers.rollout import Dreamer
+
+    step = Dream.step
+
+    def broken(self: Dream, action_b: torch.Tensor, noise_bchw: torch.Tensor) -> torch.Tensor:
+        frames = step(self, action_b, noise_bchw)
+        frames[-1, 0, 0, 0] = torch.nan
+        return frames
+
+    monkeypatch.setattr(Dream, "step", broken)
+    two_stage = load("maze-chase").two_stage
+    assert two_stage is not None
+    context, past, ahead = np.zeros((2, 4, 32, 32, 3), np.uint8), np.zeros((2, 3), int), np.zeros((2, 2), int)
+    with pytest.raises(RunFailed, match="frame 1 of the dreams from starts 0 to 1: 1 of 2 images are not finite"):
+        Dreamer(two_stage, 5)(context, past, ahead, seed=0)
+
+
+def test_a_canvas_that_is_not_finite_is_not_written() -> None:
+    from rqvae.models.interfaces import Stage2Model, base_connector
+    from rqvae.models.two_stage import TwoStage
+    from rqvae.trainers.canvas import decode_canvas
+
+    two_stage = TwoStage(PixelStage1(2), base_connector(), Stage2Model(), (3, 8, 8))
+    latent = torch.zeros(12, 8, 8)
+    latent[0, 0, 0] = torch.inf
+    with pytest.raises(RunFailed, match="canvas: .* of 256 pixels are not finite"):
+        decode_canvas(two_stage, latent, 4)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rqvae.diffusion.canvas import Order, Tile, Tilings, walk
 from rqvae.diffusion.denoiser import Denoiser
-from rqvae.errors import BadInput
+from rqvae.errors import BadInput, RunFailed
 from rqvae.img_datasets.interfaces import MaskCondition
 from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.interfaces import Stage1Encodings
@@ -115,6 +115,8 @@ def decode_canvas(two_stage: TwoStage, latent_chw: Tensor, batch_size: int) -> n
             sums_chw[:, y : y + height, x : x + width] += part * hann[0][:, None] * hann[1]
     sums_chw /= weights[0][:, None]
     sums_chw /= weights[1]
+    if broken := int((~sums_chw.isfinite()).any(0).sum()):
+        raise RunFailed(f"canvas: {broken} of {sums_chw[0].numel()} pixels are not finite")
     return to_uint8(sums_chw[None])[0].permute(1, 2, 0).numpy()
 
 

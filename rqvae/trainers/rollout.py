@@ -16,9 +16,9 @@ from rqvae.games.maze import NOOP
 from rqvae.games.maze_chase import MazeChase
 from rqvae.games.windows import Frames, Windows, maze_windows, recorded_windows
 from rqvae.metrics.intervals import finite, tree_intervals, tree_means
-from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
 from rqvae.trainers.dream import Dream, frame_noise
+from rqvae.trainers.evaluation_trainer import finite_pictures
 from rqvae.trainers.rollout_baselines import Baselines, make_baselines
 from rqvae.trainers.rollout_scores import Networks, frechet, one_step, persistence, rollout_scores
 
@@ -48,7 +48,7 @@ class Dreamer:
     progress: Callable[[int], None] = field(default=lambda _: None)
 
     def __call__(self, context: Frames, past: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64], seed: int) -> Frames:
-        """Frames (N, T, H, W, 3) uint8 after `ahead` (N, T) actions.
+        """Frames (N, T, H, W, 3) uint8 after `ahead` (N, T) actions; RunFailed where one is not finite.
 
         Args:
             context: (N, K, H, W, 3) uint8.
@@ -72,7 +72,9 @@ class Dreamer:
                 shape, many = self.two_stage.latent_shape, range(first, first + len(frames))
                 noise = torch.stack([frame_noise(shape, seed, n, t) for n in many]).to(device)
                 generated = dream.step(torch.from_numpy(actions.copy()).to(device), noise)
-                steps.append(to_uint8(generated).permute(0, 2, 3, 1).cpu().numpy())
+                latents = dream.context_bkchw[:, -1]
+                pictures = finite_pictures(generated, latents, many, f"frame {t + 1} of the dreams from starts")
+                steps.append(pictures.transpose(0, 2, 3, 1))
                 self.progress(len(frames))
             parts.append(np.stack(steps, axis=1))
         return np.concatenate(parts)
