@@ -207,9 +207,9 @@ def test_half_written_and_damaged_shards_are_made_anew(stage2: Path, cache: Path
     content[-1] ^= 1
     last.write_bytes(content)
     assert cli(*line) == 0
-    said = capfd.readouterr().err
-    assert "1 of 3 shards are there" in said
-    assert all(f"{file}: half-written or damaged" in said for file in (first, last))
+    log = capfd.readouterr().err
+    assert "1 of 3 shards are there" in log
+    assert all(f"{file}: half-written or damaged" in log for file in (first, last))
     assert bytes_of(out) == whole
     assert (out / "train-00001.safetensors").stat().st_mtime_ns == untouched
     for name in ("train-00001.json", "manifest.json"):
@@ -217,8 +217,33 @@ def test_half_written_and_damaged_shards_are_made_anew(stage2: Path, cache: Path
     assert cli(*line) == 0
     assert "2 of 3 shards are there" in capfd.readouterr().err
     assert bytes_of(out) == whole
+    claimed = (out / "request.json").stat().st_ino
     assert cli(*line) == 0
     assert "3 of 3 shards are there" in capfd.readouterr().err
+    assert (out / "request.json").stat().st_ino == claimed, "what is there is not written again"
+    (out / "request.json").write_text((out / "request.json").read_text()[:20])
+    assert cli(*line) == 2
+    assert f"{out / 'request.json'}: expected a JSON object that says what the shards are of" in said(capfd)
+    shutil.copy(cache / "request.json", out)
+    assert cli(*line) == 0
+    assert bytes_of(out) == whole
+
+
+def test_a_kill_while_the_folder_is_claimed_loses_nothing(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole or not there: no later command meets half of what it needs to know its shards by."""
+    out = tmp_path / "out"
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"rqvae.files.os.{step}", interrupted)
+            patched.setattr(Path, "unlink", lambda *_, **__: None)
+            assert cli("cache-latents", PIXELS, out, "--shard-size", 50) == 130
+        assert not (out / "request.json").exists()
+        assert list(out.glob(".request.*")), "as a kill leaves it"
+    assert cli("cache-latents", PIXELS, out, "--shard-size", 50) == 0
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -2,7 +2,8 @@
 
 Shard k is computed by rank k modulo world size, in batches that do not depend on world size. A shard's note, JSON with
 its size, sha256 and statistics, is written after it, and the manifest after all notes: a file that a kill cut short has
-no true note and is made anew. Nothing is renamed, as in checkpoints.
+no true note and is made anew. Nothing is renamed, as in checkpoints, but `request.json`, which says what all shards are of
+and cannot be made anew from them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
+from rqvae.files import write_json
 from rqvae.img_datasets.feed import make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, Split
 from rqvae.img_datasets.latent_cache import SCHEMA, LatentCache, VariantStream, is_whole
@@ -166,13 +168,19 @@ class CachingJob:
         make_folder(out, "OUT")
         lock.acquire()
         held = read_note(note)
-        if held is None and any(
-            not path.name.startswith((".lock", ".heartbeat")) for path in out.iterdir() if path != note
-        ):
+        if held is not None:
+            if rows := changed_keys(held, facts):
+                raise BadInput(f"OUT {out}: holds other latents ({'; '.join(rows)}); use another folder or remove it")
+            return
+        own = (".lock", ".heartbeat", ".request.", note.name)
+        if any(not path.name.startswith(own) for path in out.iterdir()):
+            if note.exists():
+                raise BadInput(
+                    f"{note}: expected a JSON object that says what the shards are of, got a damaged file; "
+                    f"put it back, use another folder or remove this one"
+                )
             raise BadInput(f"OUT {out}: expected an empty folder or one of this cache, got one with other files")
-        if held is not None and (rows := changed_keys(held, facts)):
-            raise BadInput(f"OUT {out}: holds other latents ({'; '.join(rows)}); use another folder or remove it")
-        note.write_text(json.dumps(facts, indent=1))
+        write_json(note, facts)
 
     def _shards(self) -> list[Shard]:
         """All shards of all splits, in the order in which they are dealt to the ranks."""
