@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def test_without_torch_xla_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "torch_xla", None)
     with pytest.raises(BadInput, match="expected torch_xla"):
         backends.create("xla")
+
+
+def test_without_a_tpu_the_cores_compute_only_where_they_are_asked_for(
+    tmp_path: Path, cli, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By train, a launched job, the self-check and the diagnostic; nothing is made or left in the environment."""
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    monkeypatch.setattr(xla_environment, "_PCI", tmp_path)
+    monkeypatch.setattr(xla_environment, "find_spec", lambda _: True)
+    train_line = ["train", "configs/debug/stage2.yaml", "--save-dir", tmp_path / "runs", "--backend", "xla"]
+    diagnose_line = ["diagnose", "--output", tmp_path / "out", "--device", "xla", "--model_name", tmp_path]
+    for line in (train_line, [*train_line, "--world-size", 2], ["selfcheck", "xla"], diagnose_line):
+        assert cli(*line) == 2
+        errors = capfd.readouterr().err.splitlines()
+        assert errors[-1] == (
+            "error: backend xla: expected a TPU on this host, found none; "
+            "set PJRT_DEVICE=CPU to run XLA on this host's cores"
+        )
+    assert "PJRT_DEVICE" not in os.environ
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    xla_environment.prepare()
+    assert xla_environment.on_host()
 
 
 @pytest.mark.parametrize("variable", ["XLA_USE_BF16", "XLA_DOWNCAST_BF16"])

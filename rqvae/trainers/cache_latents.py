@@ -2,8 +2,8 @@
 
 Shard k is computed by rank k modulo world size, in batches that do not depend on world size. A shard's note, JSON with
 its size, sha256 and statistics, is written after it, and the manifest after all notes: a file that a kill cut short has
-no true note and is made anew. Nothing is renamed, as in checkpoints, but `request.json`, which says what all shards are of
-and cannot be made anew from them.
+no true note and is made anew. Nothing is renamed, as in checkpoints, but `request.json`: it says what all
+shards are of, and cannot be made anew.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ class CachingJob:
         size = self.request.batch_size
         for split, stream in self._streams.items():
             cuts = [(shard, k) for shard in todo if shard.split == split for k in range(shard.first, shard.stop, size)]
-            positions = [list(range(k, min(k + size, shard.stop))) for shard, k in cuts]
+            # always `size` of them, the last one again where a shard has no more: one shape, hence one program, for all
+            positions = [[min(i, shard.stop - 1) for i in range(k, k + size)] for shard, k in cuts]
             loader = self.backend.feed(make_loader(stream, positions, self.run.data.workers if positions else 0))
             yield from zip((shard for shard, _ in cuts), loader, strict=True)
 
@@ -230,8 +231,7 @@ class CachingJob:
                 if session.stopping(self.backend):
                     return False
                 if (item := next(batches, None)) is not None:
-                    writer.add(*item)
-                    bar.update(len(item[1]))
+                    bar.update(writer.add(*item))
         return True
 
     def _finish(self, facts: dict[str, Any]) -> None:
