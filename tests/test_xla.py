@@ -25,7 +25,7 @@ from rqvae.backends.thread_feed import fetched_ahead
 from rqvae.errors import BadInput
 from rqvae.img_datasets.photos import SkimagePhotos
 from rqvae.processes import stop_signals
-from tests.conftest import assert_same, finish, only, rows, start, tensors
+from tests.conftest import ROOT, assert_same, finish, only, rows, start, tensors
 from tests.xla_job import SMALL, environment, train, worst_difference, worst_tensor
 
 needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch_xla is not installed")
@@ -184,6 +184,48 @@ def test_handlers_come_back() -> None:
     with stop_signals(lambda _: None):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# what the environment and the options choose
+
+CHOICES = """
+import os, sys
+from rqvae import backends
+from rqvae.backends import xla_environment
+from rqvae.errors import BadInput
+import torch_xla.backends, torch_xla.runtime as xr
+
+for option in ("", ":matmul_high", ":matmul_default"):
+    os.environ.pop("RQVAE_XLA_MATMUL", None)
+    backends.create("xla" + option)
+    print(torch_xla.backends.get_mat_mul_precision())
+for name, value in (("RQVAE_XLA_MATMUL", "bf16"), ("RQVAE_XLA_CACHE", sys.argv[1])):
+    os.environ[name] = value
+    try:
+        backends.create("xla")
+    except BadInput as error:
+        print(error)
+    os.environ.pop("RQVAE_XLA_MATMUL", None)
+xr.initialize_cache = print
+xla_environment.on_host = lambda: False
+print(backends.create("xla").widest_float)
+"""
+
+
+@needs_xla
+@pytest.mark.slow
+def test_precision_of_products_and_the_cache_of_programs(tmp_path: Path) -> None:
+    """The cache as on a TPU, whose only stand-in here is a host that denies to be one: torch_xla gets the folder."""
+    command = [sys.executable, "-c", CHOICES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        *("highest", "high", "default"),
+        "RQVAE_XLA_MATMUL: expected highest, high or default, got bf16",
+        "RQVAE_XLA_CACHE: expected to be unset without a TPU",
+        str(tmp_path),
+        "torch.float32",
+    ]
 
 
 # the self-check

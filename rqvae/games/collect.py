@@ -46,6 +46,16 @@ def _no_progress(_: int) -> None:
     """Tells nobody."""
 
 
+def _check(env_name: str, policy: str, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise BadInput(f"{name}: expected at least 1, got {value}")
+    if policy not in POLICIES:
+        raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
+    if env_name != MAZE and policy != BLIND:
+        raise BadInput(f"policy: expected {BLIND} for {env_name}, whose rules are not known, got {policy}")
+
+
 def collect(
     env_name: str,
     frames: int,
@@ -87,13 +97,7 @@ def collect(
         BadInput: an unknown game, an argument out of range, a file in the place of `out`, a folder that cannot be
             written, or one that holds a recording with other parameters.
     """
-    for name, value in (("frames", frames), ("shard_frames", shard_frames)):
-        if value < 1:
-            raise BadInput(f"{name}: expected at least 1, got {value}")
-    if policy not in POLICIES:
-        raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
-    if env_name != MAZE and policy != BLIND:
-        raise BadInput(f"policy: expected {BLIND} for {env_name}, whose rules are not known, got {policy}")
+    _check(env_name, policy, frames=frames, shard_frames=shard_frames)
     game: Game
     if env_name == MAZE:
         game, licence, own = MazeChase(size, num_ghosts, max_steps), LICENCE, {"num_ghosts": num_ghosts}
