@@ -305,10 +305,14 @@ def test_gan_equals_eager_in_one_program(log_every: int, tmp_path: Path) -> None
 
 @needs_xla
 @pytest.mark.slow
-def test_gan_in_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "devices"), [("xla", 1), ("xla", 2), ("xla:spmd", 4)])
+def test_gan_in_fp32(backend: str, devices: int, tmp_path: Path) -> None:
     """The first 5 steps: a hinge that changes sides amplifies rounding afterwards."""
-    job, eager = (train("stage1_gan", name, tmp_path, "--train.steps", 5) for name in ("xla", "cpu"))
-    assert worst_difference(job, eager, 5) < 1e-3
+    more = ["--train.steps", 5]
+    more += ["--data.batch_size", 8, "--stage1.init_args.multipliers", "[1]"] if devices > 1 else []
+    job = train("stage1_gan", backend, tmp_path, "--world-size", devices, *more)
+    assert worst_difference(job, train("stage1_gan", "cpu", tmp_path, *more), 5) < 1e-3
+    assert not job.fallbacks
 
 
 @needs_xla
@@ -322,6 +326,7 @@ def test_two_replicas_equal_one_eager_process(name: str, tmp_path: Path) -> None
     assert worst_difference(job, eager, 20) < 1e-7
     assert worst_tensor(job, eager, 20) < 1e-7
     assert steady(job)[0] == 0
+    assert not job.fallbacks
 
 
 @needs_xla
@@ -337,6 +342,7 @@ def test_spmd_on_four_devices_equals_one_eager_process(name: str, tmp_path: Path
     assert worst_difference(job, eager, 20) < 1e-7
     assert worst_tensor(job, eager, 20) < 1e-7
     assert steady(job) == (0, 15)
+    assert not job.fallbacks
 
 
 @needs_xla
