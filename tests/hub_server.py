@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +24,7 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.served: list[str] = []
 
     @property
     def address(self) -> str:
@@ -51,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        parts = self.path.partition("?")[0].strip("/").split("/")
+        parts = self.path.partition("?")[0].strip("/").removeprefix("datasets/").split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         files = self.server.repositories.get(name)
         if files is None:
@@ -61,8 +63,16 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([{"type": "file", "path": f, "size": len(files[f]), "oid": oid[f]} for f in files])
         if parts[0] == "api":
             return self._json({"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in files]})
-        body = files["/".join(parts[4:])]
-        return self._answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT)
+        body = files.get("/".join(parts[4:]))
+        if body is None:
+            return self._answer(404, X_Error_Code="EntryNotFound")
+        self.server.served.append("/".join(parts[4:]))
+        facts = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if not first:
+            return self._answer(200, body, **facts)
+        part = body[int(first) : int(last or len(body)) + 1]
+        return self._answer(206, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}", **facts)
 
     do_HEAD = do_GET  # noqa: N815  (the base class dispatches on the name)
 
@@ -76,6 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{made['organization']}/{made['name']}"
             self.server.repositories.setdefault(name, {})
             return self._json({"url": f"{self.server.address}/{name}"})
+        if "paths-info" in parts:
+            files = self.server.repositories["/".join(parts[2:4])]
+            asked = [name for key, name in urllib.parse.parse_qsl(text.decode()) if key == "paths"]
+            known = [name for name in asked or json.loads(text)["paths"] if name in files]
+            oid = {name: hashlib.sha1(files[name]).hexdigest() for name in known}
+            return self._json([{"type": "file", "path": n, "size": len(files[n]), "oid": oid[n]} for n in known])
         if "preupload" in parts:
             paths = [file["path"] for file in json.loads(text)["files"]]
             return self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})

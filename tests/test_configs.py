@@ -25,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("small_hub_vae")
 def eighth(config: dict, frames: Path) -> dict:
     """The config at an eighth of its width on embedded photos, from step 0 of every update, weight decay 0.
 
-    A model that continues frames has them from the recording in `frames`.
+    A model that continues frames has them from the recording in `frames`. A generator draws a picture at the end, by
+    its own solver and guidance in 2 steps.
     """
     small = {
         "train": {"steps": 4, "log_every": 1, "precision": "fp32", "accumulate": 1},
@@ -70,7 +71,9 @@ def eighth(config: dict, frames: Path) -> dict:
     if "stage2" in config:
         backbone = config["stage2"]["init_args"]["backbone"]["init_args"]
         narrow(backbone)
-        config["stage2"]["init_args"]["drop_condition"] = 0 if masks else 0.5
+        generator = config["stage2"]["init_args"]
+        generator |= {"drop_condition": 0 if masks else 0.5, "sampler": {**generator.get("sampler", {}), "steps": 2}}
+        config["pictures"] |= {"every": 4, "images": 1, "frames": 2}
     return config
 
 
@@ -93,8 +96,9 @@ def test_every_config_trains_and_moves_every_tensor(path: Path, tmp_path: Path, 
     config = eighth(yaml.safe_load(path.read_text()), tmp_path / "frames")
     config["checkpoint"] = {"every": 1, "keep_last": 9}
     if "stage2" in config and config["stage1"]["class_path"].endswith("KLVAE"):
-        stage1 = {k: v for k, v in config.items() if k in ("data", "stage1", "train", "logging", "pictures")}
-        (tmp_path / "stage1.yaml").write_text(yaml.safe_dump({**stage1, "train": {"steps": 1}}))
+        stage1 = {k: v for k, v in config.items() if k in ("data", "stage1", "logging")}
+        stage1 |= {"train": {"steps": 1}, "pictures": {"every": None}}
+        (tmp_path / "stage1.yaml").write_text(yaml.safe_dump(stage1))
         assert cli("train", tmp_path / "stage1.yaml", "--save-dir", tmp_path / "s1", "--project", "p") == 0
         config["stage1_checkpoint"] = str(only(tmp_path / "s1" / "p"))
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
@@ -105,6 +109,28 @@ def test_every_config_trains_and_moves_every_tensor(path: Path, tmp_path: Path, 
     assert trained <= last.keys()
     still = [k for k in trained if torch.equal(first[k], last[k])]
     assert not still, still
+    drawn = [path.suffix for path in (run / "samples").iterdir()] if "stage2" in config else []
+    assert (".png" in drawn) == ("stage2" in config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "lpips:" in p.read_text()], ids=lambda p: p.stem)
+def test_lpips_of_a_config_is_in_its_loss(path: Path, tmp_path: Path, cli) -> None:
+    """By its own network and weight, on a random trunk in the place of the one that cannot be shipped."""
+    torchvision = pytest.importorskip("torchvision")
+    given = yaml.safe_load(path.read_text())
+    lpips = {**given["lpips"], "trunk_weights": str(tmp_path / "trunk.pth")}
+    net = {"vgg": "vgg16", "alex": "alexnet"}[lpips.get("net", "vgg")]
+    trunk = getattr(torchvision.models, net)(weights=None).features.state_dict()
+    torch.save({f"features.{k}": v for k, v in trunk.items()}, tmp_path / "trunk.pth")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(eighth(given, tmp_path / "frames") | {"lpips": lpips}))
+    line = ["train", tmp_path / "small.yaml", "--save-dir", tmp_path / "s", "--project", "p", "--train.steps", 1]
+    line += ["--gan.disc_start", 9] if "gan" in given else []
+    assert cli(*line) == 0
+    (row,) = rows(only(tmp_path / "s" / "p"))
+    parts = row["train/loss_recon"] + row["train/loss_latent"] + lpips["weight"] * row["train/loss_lpips"]
+    assert row["train/loss_lpips"] > 0
+    assert row["train/loss_total"] == pytest.approx(parts, rel=1e-5), "before the GAN begins"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))

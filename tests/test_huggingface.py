@@ -26,6 +26,8 @@ from rqvae.img_datasets.huggingface import HuggingFaceImages
 from rqvae.img_datasets.interfaces import LabeledImageDatasetWrapper
 from rqvae.img_datasets.transforms import ValTransform
 from tests.conftest import ROOT, assert_same, only, tensors
+from tests.hub_server import TOKEN as HUB_TOKEN
+from tests.hub_server import FakeHub
 
 TOKEN = "hf_thisIsASecretOfTheTest"
 N = 48
@@ -286,6 +288,43 @@ def test_a_hub_that_refuses_is_one_line_that_says_what_to_do(hub: str, tmp_path:
     with_token = asked(hub, tmp_path, ["user/s401"], HF_TOKEN=TOKEN)
     assert len(with_token) == 2
     assert all("the token has no access" in line for line in with_token)
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub that serves `user/private`, Parquet files, to who has its token and answers 401 to others."""
+    as_parquet(tmp_path / "files")
+    server = FakeHub()
+    server.repositories["user/private"] = {file.name: file.read_bytes() for file in (tmp_path / "files").iterdir()}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_private_dataset_trains_with_the_token(streaming: bool, private: FakeHub, tmp_path: Path, cli) -> None:
+    """To the weights of the same files in a folder; the token is in no file of the run, and nobody said it."""
+    line = ["--train.steps", 2, "--online_eval.every", "null"]
+    line += ["--logging.tensorboard", "true", "--save-dir", tmp_path / "s", "--data.workers", 0]
+    own = {**os.environ, "HF_ENDPOINT": private.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    own |= {"HF_HUB_DISABLE_XET": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_TOKEN": HUB_TOKEN}
+    train = ["train", "configs/debug/stage1.yaml", config(tmp_path, Path("user/private"), streaming=streaming), *line]
+    command = [sys.executable, "-m", "rqvae", *map(str, [*train, "--project", "hub"])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=own, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert HUB_TOKEN not in done.stdout + done.stderr
+    assert {name for name in private.served if name.endswith("parquet")} >= {
+        f"train-{i}-of-3.parquet" for i in range(3)
+    }
+    written = [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
+    assert {"environment.json", "log.txt", "config.yaml", "metrics.jsonl"} <= {path.name for path in written}
+    assert not [path for path in written if HUB_TOKEN.encode() in path.read_bytes()]
+    train[2] = config(tmp_path, tmp_path / "files", streaming=streaming)
+    assert cli(*train, "--project", "folder") == 0
+    ours, theirs = (tensors(only(tmp_path / "s" / project), 2) for project in ("hub", "folder"))
+    assert_same(ours, theirs)
 
 
 def test_words_of_a_library_lose_the_token(monkeypatch) -> None:

@@ -188,6 +188,44 @@ def test_a_deterministic_stage1_gives_the_same_bits(tmp_path: Path, cli) -> None
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_every_batch_has_one_shape_and_fills_up_with_what_is_not_kept(
+    stage2: Path, tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """96 samples in shards of 40 and batches of 15: 15, 15, 10; 15, 15, 10; 15, 1. Both flips of each.
+
+    Whole batches give the bits of `encode`; in short ones a CPU sums in another order than in whole ones.
+    """
+    encode, seen = KLVAE.encode, []
+
+    def watched(self: KLVAE, inputs: LabeledImageData) -> Stage1Encodings:
+        seen.append(len(inputs.require_img()))
+        return encode(self, inputs)
+
+    out = tmp_path / "cache"
+    with monkeypatch.context() as patched:
+        patched.setattr(KLVAE, "encode", watched)
+        assert cli("cache-latents", stage2, out, "--shard-size", 40, "--batch-size", 15) == 0
+    assert set(seen) == {30, 15}, "15 once, for the check of the draws"
+    model = encoder(stage2).eval()
+    photos = SkimagePhotos("train", size=16, patches_per_photo=16)
+    photos.open()
+    for k, sizes in enumerate(((15, 15, 10), (15, 15, 10), (15, 1))):
+        found, first = load_file(out / f"train-{k:05d}.safetensors"), 0
+        assert {len(x) for x in found.values()} == {sum(sizes)}
+        for size in sizes:
+            images = torch.stack([photos[40 * k + first + i].require_img() for i in range(size)]).float() / 255
+            both = torch.stack((images, images.flip(-1)), 1).flatten(0, 1)
+            with torch.no_grad():
+                encodings = model.encode(LabeledImageData(img=both))
+            assert encodings.additional_attr is not None
+            for name, expected in (("zs", encodings.zs), ("logvar", encodings.additional_attr["logvar"])):
+                same, x = size == 15, found[name][first : first + size].flatten(0, 1)
+                torch.testing.assert_close(x, expected, rtol=0 if same else 1e-5, atol=0 if same else 1e-6)
+            first += size
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["statistics"]["values_per_channel"] == 96 * 8 * 8
+
+
 def test_two_processes_write_the_bytes_of_one(stage2: Path, cache: Path, tmp_path: Path) -> None:
     line = ["cache-latents", stage2, tmp_path / "two", "--shard-size", 40, "--batch-size", 16, "--world-size", 2]
     code, errors = finish(start(*line))
@@ -207,9 +245,9 @@ def test_half_written_and_damaged_shards_are_made_anew(stage2: Path, cache: Path
     content[-1] ^= 1
     last.write_bytes(content)
     assert cli(*line) == 0
-    said = capfd.readouterr().err
-    assert "1 of 3 shards are there" in said
-    assert all(f"{file}: half-written or damaged" in said for file in (first, last))
+    log = capfd.readouterr().err
+    assert "1 of 3 shards are there" in log
+    assert all(f"{file}: half-written or damaged" in log for file in (first, last))
     assert bytes_of(out) == whole
     assert (out / "train-00001.safetensors").stat().st_mtime_ns == untouched
     for name in ("train-00001.json", "manifest.json"):
@@ -217,8 +255,33 @@ def test_half_written_and_damaged_shards_are_made_anew(stage2: Path, cache: Path
     assert cli(*line) == 0
     assert "2 of 3 shards are there" in capfd.readouterr().err
     assert bytes_of(out) == whole
+    claimed = (out / "request.json").stat().st_ino
     assert cli(*line) == 0
     assert "3 of 3 shards are there" in capfd.readouterr().err
+    assert (out / "request.json").stat().st_ino == claimed, "what is there is not written again"
+    (out / "request.json").write_text((out / "request.json").read_text()[:20])
+    assert cli(*line) == 2
+    assert f"{out / 'request.json'}: expected a JSON object that says what the shards are of" in said(capfd)
+    shutil.copy(cache / "request.json", out)
+    assert cli(*line) == 0
+    assert bytes_of(out) == whole
+
+
+def test_a_kill_while_the_folder_is_claimed_loses_nothing(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is whole or not there: no later command meets half of what it needs to know its shards by."""
+    out = tmp_path / "out"
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"rqvae.files.os.{step}", interrupted)
+            patched.setattr(Path, "unlink", lambda *_, **__: None)
+            assert cli("cache-latents", PIXELS, out, "--shard-size", 50) == 130
+        assert not (out / "request.json").exists()
+        assert list(out.glob(".request.*")), "as a kill leaves it"
+    assert cli("cache-latents", PIXELS, out, "--shard-size", 50) == 0
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -194,6 +195,28 @@ def test_the_words_of_the_rank_that_failed_end_all_hosts(machines: Machines) -> 
     line = "XLA_USE_BF16: expected to be unset (train.precision chooses bf16)"
     assert machines.errors(1) == [f"error: {line}"]
     assert machines.errors(0) == [f"error: host 1: {line}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_rank_that_is_killed_before_it_joins_ends_all(hosts: int, machines: Machines, tmp_path: Path) -> None:
+    """By SIGKILL while its interpreter starts: it leaves no words, and the other one waits for it in vain."""
+    code = "if os.environ.get('RANK', '-') in os.environ['DOOMED']: os.kill(os.getpid(), signal.SIGKILL)"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal\n{code}")
+    more = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    if hosts == 1:
+        line = ["selfcheck", "cpu", "--world-size", "2"]
+        assert codes([machines.start(0, line, NNODES="1", DOOMED="1", **more)], 60) == [3], machines.said(0)
+        assert machines.errors(0) == ["error: rank 1 was killed by SIGKILL"]
+    else:
+        processes = [
+            machines.start(0, ["selfcheck", "cpu"]),
+            machines.start(1, ["selfcheck", "cpu"], DOOMED="01", **more),
+        ]
+        assert codes(processes, 60) == [3, 3], machines.said(0) + machines.said(1)
+        (line,) = machines.errors(1)
+        assert re.fullmatch("error: rank [01] was killed by SIGKILL", line)
+        assert machines.errors(0) == [line.replace("error: ", "error: host 1: ")]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from rqvae.backends.thread_feed import fetched_ahead
 from rqvae.errors import BadInput
 from rqvae.img_datasets.photos import SkimagePhotos
 from rqvae.processes import stop_signals
-from tests.conftest import assert_same, finish, only, rows, start, tensors
+from tests.conftest import ROOT, assert_same, finish, only, rows, start, tensors
 from tests.xla_job import SMALL, environment, train, worst_difference, worst_tensor
 
 needs_xla = pytest.mark.skipif(find_spec("torch_xla") is None, reason="torch_xla is not installed")
@@ -116,6 +117,29 @@ def test_without_torch_xla_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         backends.create("xla")
 
 
+def test_without_a_tpu_the_cores_compute_only_where_they_are_asked_for(
+    tmp_path: Path, cli, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By train, a launched job, the self-check and the diagnostic; nothing is made or left in the environment."""
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    monkeypatch.setattr(xla_environment, "_PCI", tmp_path)
+    monkeypatch.setattr(xla_environment, "find_spec", lambda _: True)
+    train_line = ["train", "configs/debug/stage2.yaml", "--save-dir", tmp_path / "runs", "--backend", "xla"]
+    diagnose_line = ["diagnose", "--output", tmp_path / "out", "--device", "xla", "--model_name", tmp_path]
+    for line in (train_line, [*train_line, "--world-size", 2], ["selfcheck", "xla"], diagnose_line):
+        assert cli(*line) == 2
+        errors = capfd.readouterr().err.splitlines()
+        assert errors[-1] == (
+            "error: backend xla: expected a TPU on this host, found none; "
+            "set PJRT_DEVICE=CPU to run XLA on this host's cores"
+        )
+    assert "PJRT_DEVICE" not in os.environ
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    xla_environment.prepare()
+    assert xla_environment.on_host()
+
+
 @pytest.mark.parametrize("variable", ["XLA_USE_BF16", "XLA_DOWNCAST_BF16"])
 def test_hidden_bf16_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "1")
@@ -160,6 +184,48 @@ def test_handlers_come_back() -> None:
     with stop_signals(lambda _: None):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# what the environment and the options choose
+
+CHOICES = """
+import os, sys
+from rqvae import backends
+from rqvae.backends import xla_environment
+from rqvae.errors import BadInput
+import torch_xla.backends, torch_xla.runtime as xr
+
+for option in ("", ":matmul_high", ":matmul_default"):
+    os.environ.pop("RQVAE_XLA_MATMUL", None)
+    backends.create("xla" + option)
+    print(torch_xla.backends.get_mat_mul_precision())
+for name, value in (("RQVAE_XLA_MATMUL", "bf16"), ("RQVAE_XLA_CACHE", sys.argv[1])):
+    os.environ[name] = value
+    try:
+        backends.create("xla")
+    except BadInput as error:
+        print(error)
+    os.environ.pop("RQVAE_XLA_MATMUL", None)
+xr.initialize_cache = print
+xla_environment.on_host = lambda: False
+print(backends.create("xla").widest_float)
+"""
+
+
+@needs_xla
+@pytest.mark.slow
+def test_precision_of_products_and_the_cache_of_programs(tmp_path: Path) -> None:
+    """The cache as on a TPU, whose only stand-in here is a host that denies to be one: torch_xla gets the folder."""
+    command = [sys.executable, "-c", CHOICES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [
+        *("highest", "high", "default"),
+        "RQVAE_XLA_MATMUL: expected highest, high or default, got bf16",
+        "RQVAE_XLA_CACHE: expected to be unset without a TPU",
+        str(tmp_path),
+        "torch.float32",
+    ]
 
 
 # the self-check
@@ -239,10 +305,14 @@ def test_gan_equals_eager_in_one_program(log_every: int, tmp_path: Path) -> None
 
 @needs_xla
 @pytest.mark.slow
-def test_gan_in_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("backend", "devices"), [("xla", 1), ("xla", 2), ("xla:spmd", 4)])
+def test_gan_in_fp32(backend: str, devices: int, tmp_path: Path) -> None:
     """The first 5 steps: a hinge that changes sides amplifies rounding afterwards."""
-    job, eager = (train("stage1_gan", name, tmp_path, "--train.steps", 5) for name in ("xla", "cpu"))
-    assert worst_difference(job, eager, 5) < 1e-3
+    more = ["--train.steps", 5]
+    more += ["--data.batch_size", 8, "--stage1.init_args.multipliers", "[1]"] if devices > 1 else []
+    job = train("stage1_gan", backend, tmp_path, "--world-size", devices, *more)
+    assert worst_difference(job, train("stage1_gan", "cpu", tmp_path, *more), 5) < 1e-3
+    assert not job.fallbacks
 
 
 @needs_xla
@@ -256,6 +326,7 @@ def test_two_replicas_equal_one_eager_process(name: str, tmp_path: Path) -> None
     assert worst_difference(job, eager, 20) < 1e-7
     assert worst_tensor(job, eager, 20) < 1e-7
     assert steady(job)[0] == 0
+    assert not job.fallbacks
 
 
 @needs_xla
@@ -271,6 +342,7 @@ def test_spmd_on_four_devices_equals_one_eager_process(name: str, tmp_path: Path
     assert worst_difference(job, eager, 20) < 1e-7
     assert worst_tensor(job, eager, 20) < 1e-7
     assert steady(job) == (0, 15)
+    assert not job.fallbacks
 
 
 @needs_xla

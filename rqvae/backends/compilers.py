@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rqvae.backends import xla_environment
 from rqvae.backends.compiling import check_host_compiler
 from rqvae.errors import BadInput
 
@@ -45,6 +46,8 @@ def open_device(name: str) -> tuple[str, torch.device]:
             raise BadInput(f"--device {name}: expected {words} ({package}), which is not installed; try --device cpu")
         if name == "hpu":
             os.environ.setdefault("PT_HPU_LAZY_MODE", "0")  # torch.compile works in eager mode only; read at import
+        if name == "xla":
+            xla_environment.prepare()
         module = import_module(_MODULES[name])
         return name, module.xla_device() if name == "xla" else torch.device("hpu")
     if name == "cuda" and not torch.cuda.is_available():

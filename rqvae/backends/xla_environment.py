@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from rqvae.errors import BadInput
-
-log = logging.getLogger(__name__)
 
 JOB = "RQVAE_XLA_JOB"
 """Set in the processes that our launcher started."""
@@ -72,19 +69,22 @@ def on_host() -> bool:
 
 
 def prepare() -> None:
-    """Check that torch_xla is there, and say on what it computes.
+    """Check that torch_xla is there and has something to compute on: a TPU, or what PJRT_DEVICE names.
 
     Raises:
-        BadInput: torch_xla is not installed.
+        BadInput: torch_xla is not installed, or there is no TPU: only who asks for the host's cores gets them.
     """
     if find_spec("torch_xla") is None:
         raise BadInput(
             "backend xla: expected torch_xla (pip install 'mae-dit[tpu]', torch of the same version), found none"
         )
     if "PJRT_DEVICE" not in os.environ:
-        os.environ["PJRT_DEVICE"] = "TPU" if tpu_present() else "CPU"
-        if on_host():
-            log.warning("backend xla: no TPU on this host: XLA computes on its cores (PJRT_DEVICE=CPU says this too)")
+        if not tpu_present():
+            raise BadInput(
+                "backend xla: expected a TPU on this host, found none; "
+                "set PJRT_DEVICE=CPU to run XLA on this host's cores"
+            )
+        os.environ["PJRT_DEVICE"] = "TPU"
 
 
 def set_devices(world_size: int) -> None:

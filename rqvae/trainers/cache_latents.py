@@ -2,7 +2,8 @@
 
 Shard k is computed by rank k modulo world size, in batches that do not depend on world size. A shard's note, JSON with
 its size, sha256 and statistics, is written after it, and the manifest after all notes: a file that a kill cut short has
-no true note and is made anew. Nothing is renamed, as in checkpoints.
+no true note and is made anew. Nothing is renamed, as in checkpoints, but `request.json`: it says what all
+shards are of, and cannot be made anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from rqvae.backends import Backend
 from rqvae.errors import BadInput
+from rqvae.files import write_json
 from rqvae.img_datasets.feed import make_loader
 from rqvae.img_datasets.interfaces import LabeledImageData, Split
 from rqvae.img_datasets.latent_cache import SCHEMA, LatentCache, VariantStream, is_whole
@@ -166,13 +168,19 @@ class CachingJob:
         make_folder(out, "OUT")
         lock.acquire()
         held = read_note(note)
-        if held is None and any(
-            not path.name.startswith((".lock", ".heartbeat")) for path in out.iterdir() if path != note
-        ):
+        if held is not None:
+            if rows := changed_keys(held, facts):
+                raise BadInput(f"OUT {out}: holds other latents ({'; '.join(rows)}); use another folder or remove it")
+            return
+        own = (".lock", ".heartbeat", ".request.", note.name)
+        if any(not path.name.startswith(own) for path in out.iterdir()):
+            if note.exists():
+                raise BadInput(
+                    f"{note}: expected a JSON object that says what the shards are of, got a damaged file; "
+                    f"put it back, use another folder or remove this one"
+                )
             raise BadInput(f"OUT {out}: expected an empty folder or one of this cache, got one with other files")
-        if held is not None and (rows := changed_keys(held, facts)):
-            raise BadInput(f"OUT {out}: holds other latents ({'; '.join(rows)}); use another folder or remove it")
-        note.write_text(json.dumps(facts, indent=1))
+        write_json(note, facts)
 
     def _shards(self) -> list[Shard]:
         """All shards of all splits, in the order in which they are dealt to the ranks."""
@@ -204,7 +212,8 @@ class CachingJob:
         size = self.request.batch_size
         for split, stream in self._streams.items():
             cuts = [(shard, k) for shard in todo if shard.split == split for k in range(shard.first, shard.stop, size)]
-            positions = [list(range(k, min(k + size, shard.stop))) for shard, k in cuts]
+            # always `size` of them, the last one again where a shard has no more: one shape, hence one program, for all
+            positions = [[min(i, shard.stop - 1) for i in range(k, k + size)] for shard, k in cuts]
             loader = self.backend.feed(make_loader(stream, positions, self.run.data.workers if positions else 0))
             yield from zip((shard for shard, _ in cuts), loader, strict=True)
 
@@ -222,8 +231,7 @@ class CachingJob:
                 if session.stopping(self.backend):
                     return False
                 if (item := next(batches, None)) is not None:
-                    writer.add(*item)
-                    bar.update(len(item[1]))
+                    bar.update(writer.add(*item))
         return True
 
     def _finish(self, facts: dict[str, Any]) -> None:

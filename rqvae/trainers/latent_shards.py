@@ -94,8 +94,12 @@ class ShardWriter:
     _checked: bool = field(default=False, init=False)
 
     @torch.no_grad()
-    def add(self, shard: Shard, batch: LabeledImageData) -> None:
-        """One batch (B, V, 3, H, W) of a shard's samples, in order."""
+    def add(self, shard: Shard, batch: LabeledImageData) -> int:
+        """One batch (B, V, 3, H, W) of a shard's samples, in order.
+
+        Returns:
+            How many were kept: what is more than the shard's own samples only fills up the batch.
+        """
         images_bvchw, choice_b = batch.require_img(), (batch.additional_attr or {})["choice"]
         if not self._checked:
             self._check_with_draws(images_bvchw[torch.arange(len(choice_b), device=choice_b.device), choice_b], batch)
@@ -105,13 +109,18 @@ class ShardWriter:
             name: x.unflatten(0, images_bvchw.shape[:2]).to(dtype if x.is_floating_point() else x.dtype)
             for name, x in tensors.items()
         }
-        for name, x in stored.items():
-            if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise RunFailed(f"{shard.name}: {name} is not finite as {self.request.dtype} ({_ids(batch)})")
-        self._statistics.update(self.stage1.with_draws(select_variant(stored, same, choice_b), batch.draws).zs)
-        self._parts.append({name: x.cpu() for name, x in stored.items()})
-        if sum(len(part["zs"]) for part in self._parts) == shard.stop - shard.first:
+        floating = [name for name, x in stored.items() if x.is_floating_point()]
+        finite = torch.stack([stored[name].isfinite().all() for name in floating]).tolist()
+        for name in (name for name, flag in zip(floating, finite, strict=True) if not flag):
+            raise RunFailed(f"{shard.name}: {name} is not finite as {self.request.dtype} ({_ids(batch)})")
+        left = shard.stop - shard.first - sum(len(part["zs"]) for part in self._parts)
+        kept = min(left, len(choice_b))
+        zs = self.stage1.with_draws(select_variant(stored, same, choice_b), batch.draws).zs
+        self._statistics.update(zs, torch.arange(len(choice_b)) < kept)
+        self._parts.append({name: x.cpu()[:kept] for name, x in stored.items()})  # cut on the host: no other program
+        if kept == left:
             self._write(shard, same)
+        return kept
 
     def _check_with_draws(self, images: Tensor, batch: LabeledImageData) -> None:
         """BadInput where a foreign Stage1 draws in `encode` what `with_draws` does not draw again."""
