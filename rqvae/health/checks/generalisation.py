@@ -130,8 +130,8 @@ def memorised(subject: Subject) -> Iterator[Found]:
     "the loss falls in steps at the borders of epochs",
     "major",
     needs=("trend", "minimised"),
-    threshold="at 3 borders of epochs or more the loss drops by 5 % and more than 5 times what it falls "
-    "within the epoch before",
+    threshold="at 3 borders of epochs or more, and at two of three, the loss drops by 5 % and more than 5 times what "
+    "it falls within the epoch before",
     alternatives=("an order of data that repeats", "a schedule that steps with the epoch"),
     recommendation=("samples are recognised: fewer epochs, more data or augmentation", "log a held-out loss"),
     verify="no step at the borders",
@@ -158,7 +158,7 @@ def staircase(subject: Subject) -> Iterator[Found]:
         spread = local_noise(loss.values[before:i]) * 1.25 / np.sqrt(width)
         if drop > max(0.05 * closing, 3 * spread) and drop > 5 * max(opening - closing, 0.0):
             stairs.append(i)
-    if len(stairs) >= 3 and len(stairs) >= 0.5 * judged:
+    if len(stairs) >= 3 and 3 * len(stairs) >= 2 * judged:
         text = f"{loss.name} drops at {len(stairs)} of {judged} borders of epochs and hardly within them"
         yield Found(text, tuple(at(loss, i) for i in stairs[:4]), confidence=0.85, power=f"{judged} borders of epochs")
 
