@@ -16,7 +16,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "9": [["channel_tracking"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],
-        ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],
+        ["health_detection", "--list", os.environ.get("HEALTHY", "benchmarks/healthy_runs.txt")],
         ["health_live"],
     ],
 }

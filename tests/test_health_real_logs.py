@@ -20,7 +20,7 @@ from tests.health_copies import CHANGES, FORMATS, changed, settings_of
 from tests.health_logs import ids, judged
 
 FOLDER = Path(os.environ.get("RQVAE_HEALTH_LOGS", ""))
-pytestmark = pytest.mark.skipif(FOLDER == Path(), reason="RQVAE_HEALTH_LOGS names no folder of real logs")
+pytestmark = pytest.mark.skipif(not FOLDER.name, reason="RQVAE_HEALTH_LOGS names no folder of real logs")
 Label = tuple[str, str, int, set[str]]
 BIN = {"DIFF.BIN_DOMINANCE"}
 LABELS: dict[str, Label] = {
