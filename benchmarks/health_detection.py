@@ -4,8 +4,9 @@
 with their config.yaml, that somebody else calls healthy; what the checks say about them has no part in the choice.
 `--list` names a file with one such path a line, relative to it. A base's loss is a running median times residuals,
 which are drawn anew in blocks of 10 points (a block bootstrap keeps their short memory); every copy is then judged as
-it is, and with each fault from 60 % on. Beside it, at their defaults and re-stated here from their documents and code: Lightning's SpikeDetection, the 6-sigma rule of
-OLMo-core's SkipStepOptimizer, and SageMaker Debugger's LossNotDecreasing.
+it is, and with each fault from 60 % on. Beside it, at their defaults and re-stated here from their documents and code:
+Lightning's SpikeDetection, the 6-sigma rule of OLMo-core's SkipStepOptimizer, and SageMaker Debugger's
+LossNotDecreasing.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ device between rows. The guard also has all ranks write a checkpoint (`checkpoin
 same findings, or exit code 1.
 
 How often this cries wolf and what it misses is measured: `python -m benchmarks.health_detection --healthy LOG ...` (on
-logs that somebody else calls healthy) and `python -m benchmarks.health_faults`; what the observer costs a step: `python -m benchmarks.health_live`. Figures under
-`benchmarks/results/`.
+logs that somebody else calls healthy) and `python -m benchmarks.health_faults`; what the observer costs a step:
+`python -m benchmarks.health_live`. Figures under `benchmarks/results/`.
 """
 
 
