@@ -38,7 +38,7 @@ def rise_of(subject: Subject) -> Rise | None:
     "the lowest level "
     "that was held over a fifth of the run; or the last three points or more lie 50 % above all of the 50 "
     "before; or the mean "
-    "logarithm shifts up for good by 20 % and 5 standard errors",
+    "logarithm shifts up for good by 20 % and 4.5 standard errors",
     alternatives=("a change of data, loss weights or resolution at that step", "a restart of the learning rate"),
     recommendation=(
         "resume from a checkpoint before the onset",
