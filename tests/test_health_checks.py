@@ -67,6 +67,13 @@ def test_an_unmet_need_says_what_to_log(tmp_path: Path) -> None:
     assert reasons["NUM.NAN_MASKED"].endswith("give the program's source with --source")
 
 
+def test_a_divergence_is_neither_a_recovered_jump_nor_overfitting(tmp_path: Path) -> None:
+    series = {"loss": at_end(LOSS, 60, 1.0), "val_loss": (STEPS[29::30], at_end(LOSS, 60, 1.0)[29::30])}
+    found = ids(judged(built(tmp_path / "log", series, STEPS)))
+    assert "LOSS.DIVERGED" in found
+    assert not found & {"LOSS.SPIKE_RECOVERED", "LOSS.SPIKE_RATE", "GEN.OVERFIT"}
+
+
 def test_what_a_log_cannot_hold_is_not_assessed(tmp_path: Path) -> None:
     """80 epochs are stated and no point says its epoch; a table has no room for warnings."""
     reasons = {
@@ -142,3 +149,11 @@ def test_each_way_to_see_a_rise_is_needed(kind: str, monkeypatch: pytest.MonkeyP
     assert rise.lasting_rise(values, blocks(values)) is not None
     monkeypatch.setattr(rise, own, lambda *_: None)
     assert rise.lasting_rise(values, blocks(values)) is None
+
+
+def test_the_error_of_a_stretch_knows_a_slow_wobble() -> None:
+    """Of independent means it is their deviation; of means that come in equal pairs, that of the sum of a pair."""
+    rng = np.random.default_rng(6)
+    singles, pairs = rng.standard_normal((300, 60)), np.repeat(rng.standard_normal((300, 30)), 2, axis=1)
+    assert 0.95 < np.median([rise._error_of_stretches(means) for means in singles]) < 1.25
+    assert np.median([rise._error_of_stretches(means) for means in pairs]) == pytest.approx(np.sqrt(2), rel=0.15)

@@ -58,9 +58,10 @@ def overfit(subject: Subject) -> Iterator[Found]:
         if turned is None:
             continue
         best, rise = turned
-        since = loss.values[loss.steps >= series.steps[best]]
+        since, until = (loss.values[p] for p in (loss.steps >= series.steps[best], loss.steps <= series.steps[best]))
         third = max(1, len(since) // 3)
-        if len(since) >= 3 and np.median(since[-third:]) > 1.02 * np.median(since[:third]):
+        levels = [float(np.median(part)) for part in (since[:third], until[-third:]) if len(part)]
+        if len(since) >= 3 and np.median(since[-third:]) > 1.02 * min(levels):
             continue
         text = (
             f"{series.name} was {series.values[best]:.4g} at {series.steps[best]:g} and is "
