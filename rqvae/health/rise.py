@@ -55,7 +55,7 @@ def _error_of_stretches(means: np.ndarray) -> float:
 
 
 def _rise_of_stretches(values: np.ndarray) -> Rise | None:
-    """A shift of the mean logarithm that 4.5 standard errors and 20 % tell from noise, and that its last third keeps."""
+    """A shift of the mean logarithm by 20 % and 4.5 standard errors that its last third keeps."""
     count = min(60, len(values) // 5)
     if count < 20 or values.min() <= 0:
         return None
