@@ -11,6 +11,7 @@ from rqvae.health.settings import as_list
 from rqvae.health.subject import Subject
 
 RATIO = 10.0
+_MOST_CLASSES = 10_000
 
 
 def _counts(subject: Subject) -> tuple[Evidence, list[float]] | None:
@@ -86,8 +87,9 @@ def effective(subject: Subject) -> Iterator[Found]:
     draws = subject.segment.series["draw/class"]
     if len(draws) < 100:
         raise NotAssessed(f"log 100 draws or more, there are {len(draws)}")
-    classes = int(subject.number("classes") or draws.values.max() + 1)
-    counts = np.bincount(draws.values.astype(int), minlength=classes)[:classes]
+    known = draws.values[(draws.values >= 0) & (draws.values < _MOST_CLASSES)].astype(int)
+    classes = max(1, int(subject.number("classes") or known.max(initial=0) + 1))
+    counts = np.bincount(known, minlength=classes)[:classes]
     if counts.max() > RATIO * max(counts.min(), 1):
         yield Found(f"draws by class: {counts.tolist()}", (at(draws, 0),), power=f"{len(draws)} draws")
 
