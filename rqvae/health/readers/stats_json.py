@@ -40,7 +40,7 @@ class Reader:
 
 
 def _scores(log: LogBuilder, row: dict[str, Any], index: int, line: int) -> None:
-    """One line of metric-*.jsonl: `{"results": {"fid50k_full": 9.1}, "snapshot_pkl": "network-snapshot-000200.pkl"}`."""
+    """A line of metric-*.jsonl: `{"results": {"fid50k_full": 9.1}, "snapshot_pkl": "network-snapshot-000200.pkl"}`."""
     named = str(row.get("snapshot_pkl")).rpartition("-")[2].removesuffix(".pkl")
     step = as_number(named)
     results = row["results"] if isinstance(row["results"], dict) else {}
