@@ -17,7 +17,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "10": [["pathology"]],
     "11": [
         ["health_faults", "--keep", "build/health_runs"],
-        ["health_detection", "--logs", os.environ.get("LOGS", "build/health_runs"), "build/health_runs"],
+        ["health_detection", "--list", os.environ.get("HEALTHY", "benchmarks/healthy_runs.txt")],
         ["health_live"],
     ],
 }

@@ -1,17 +1,20 @@
 """How often the health checks cry wolf and what they miss: healthy curves, bootstrapped, with faults put into them.
 
-`python -m benchmarks.health_detection --logs FOLDER ...`: every log in the folders that has no finding to act on is a
-healthy base. Its loss is a running median times residuals, which are drawn anew in blocks of 10 points (a block
-bootstrap keeps their short memory); every copy is then judged as it is, and with each fault from 60 % on. Beside it, at
-their defaults and re-stated here from their documents and code: Lightning's SpikeDetection, the 6-sigma rule of
-OLMo-core's SkipStepOptimizer, and SageMaker Debugger's LossNotDecreasing.
+`python -m benchmarks.health_detection --healthy LOG_OR_RUN ... [--list FILE]`: the bases are logs, and folders of runs
+with their config.yaml, that somebody else calls healthy; what the checks say about them has no part in the choice.
+`--list` names a file with one such path a line, relative to it. A base's loss is a running median times residuals,
+which are drawn anew in blocks of 10 points (a block bootstrap keeps their short memory); every copy is then judged as
+it is, and with each fault from 60 % on. Beside it, at their defaults and re-stated here from their documents and code:
+Lightning's SpikeDetection, the 6-sigma rule of OLMo-core's SkipStepOptimizer, and SageMaker Debugger's
+LossNotDecreasing.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from rqvae.errors import BadInput
 from rqvae.health.examine import examine
 from rqvae.health.log import RunLog, Segment, Series
 from rqvae.health.readers import read_log
+from rqvae.health.settings import Setting, read_settings
 from rqvae.health.subject import Subject
 
 BLOCK, FROM, LEAST = 10, 0.6, 50
@@ -101,72 +105,103 @@ PEERS: dict[str, Callable[[np.ndarray], bool]] = {
 }
 
 
-def with_loss(log: RunLog, subject: Subject, values: np.ndarray) -> RunLog:
-    """The log with another loss and no other series."""
-    loss = subject.loss
-    assert loss is not None
-    series = {loss.name: Series(loss.name, loss.steps, values, loss.lines)}
-    return replace(log, segments=(Segment("", series),))
+@dataclass(frozen=True)
+class Base:
+    """A run that is healthy, by the word of others.
+
+    Args:
+        name: folder and file.
+        log: with its loss alone.
+        config: of a run of ours; () without one.
+    """
+
+    name: str
+    log: RunLog
+    config: tuple[Setting, ...]
+
+    @property
+    def subject(self) -> Subject:
+        """The only run."""
+        return Subject(self.log, self.log.segments[0], self.config)
+
+    def with_loss(self, values: np.ndarray) -> Base:
+        """The same with another loss (n,)."""
+        loss = self.subject.loss
+        assert loss is not None
+        series = {loss.name: Series(loss.name, loss.steps, values, loss.lines)}
+        return replace(self, log=replace(self.log, segments=(Segment("", series),)))
+
+    def alarms(self, *severities: str) -> set[str]:
+        """Ids of findings of these severities."""
+        return {f.check.id for f in examine(self.log, self.config).findings if f.severity in severities}
 
 
-def alarms(log: RunLog, least: tuple[str, ...]) -> set[str]:
-    """Ids of findings of these severities."""
-    return {f.check.id for f in examine(log).findings if f.severity in least}
+def base_of(place: Path) -> Base:
+    """A healthy log, or the folder of a healthy run.
+
+    Raises:
+        BadInput: it cannot be read, or its loss has less than 50 points or is not positive.
+    """
+    log, beside = read_log(place), place / "config.yaml"
+    config = read_settings(beside) if beside.is_file() else ()
+    base = Base(f"{place.parent.name}/{place.name}", log, config)
+    loss = base.subject.loss
+    if loss is None or len(loss) < LEAST or loss.values.min() <= 0:
+        raise BadInput(f"{place}: expected a positive loss at {LEAST} steps or more, got {len(loss or ())}")
+    return base.with_loss(loss.values)
 
 
-def healthy_logs(folders: list[Path]) -> list[tuple[str, RunLog, Subject]]:
-    """Logs below folders with a positive loss of 50 points or more and nothing to act on."""
-    found = []
-    for path in sorted(p for folder in folders for p in folder.rglob("*") if p.is_file()):
-        try:
-            log = read_log(path)
-        except (BadInput, UnicodeError):
-            continue
-        subject = Subject(log, log.segments[0])
-        loss = subject.loss
-        if loss is None or len(loss) < LEAST or loss.values.min() <= 0 or alarms(log, ("critical", "major")):
-            continue
-        found.append((f"{path.parent.name}/{path.name}", log, subject))
-    return found
+def listed(path: Path) -> list[Path]:
+    """The paths in a file, one a line, relative to it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [path.parent / line.strip() for line in lines if line.strip()]
 
 
-def judge(name: str, log: RunLog, subject: Subject, copies: int, tally: dict[str, list[float]]) -> None:
-    """Add the outcomes of all copies of one log."""
-    rng = np.random.default_rng(sum(name.encode()))
+def judge(base: Base, copies: int, tally: dict[str, list[float]]) -> Counter[str]:
+    """Add the outcomes of all copies of one base; the ids of its false alarms."""
+    rng = np.random.default_rng(sum(base.name.encode()))
+    subject, wrong = base.subject, Counter[str]()
     assert subject.loss is not None
     untaught = subject.trivial.value if subject.trivial else float(np.median(subject.loss.values[:5]))
     for _ in range(copies):
         values, level = bootstrap(subject.loss.values, rng)
-        well = with_loss(log, subject, values)
-        tally.setdefault("ours/false", []).append(bool(alarms(well, ("critical", "major"))))
-        tally.setdefault("ours/false critical", []).append(bool(alarms(well, ("critical",))))
+        well = base.with_loss(values)
+        false = well.alarms("critical", "major")
+        wrong.update(false)
+        tally.setdefault("ours/false", []).append(bool(false))
+        tally.setdefault("ours/false critical", []).append(bool(well.alarms("critical")))
         for peer, rule in PEERS.items():
             tally.setdefault(f"{peer}/false", []).append(rule(values))
         for fault, sick in faults(values, level, untaught):
-            found = alarms(with_loss(log, subject, sick), ("critical", "major"))
+            found = base.with_loss(sick).alarms("critical", "major")
             tally.setdefault(f"ours/{fault}", []).append(bool(found & WANTED[fault]))
             for peer, rule in PEERS.items():
                 tally.setdefault(f"{peer}/{fault}", []).append(rule(sick))
+    return wrong
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--logs", nargs="+", type=Path, required=True)
+    options.add_argument("--healthy", nargs="*", type=Path, default=[])
+    options.add_argument("--list", type=Path)
     options.add_argument("--copies", type=int, default=25)
     given = options.parse_args()
     tally: dict[str, list[float]] = {}
-    by_log: dict[str, float] = {}
-    for name, log, subject in healthy_logs(given.logs):
+    false_by_base: dict[str, float] = {}
+    wrong: Counter[str] = Counter()
+    for place in [*given.healthy, *(listed(given.list) if given.list else ())]:
         own: dict[str, list[float]] = {}
-        judge(name, log, subject, given.copies, own)
-        by_log[name] = round(100 * float(np.mean(own["ours/false"])), 1)
+        base = base_of(place)
+        wrong += judge(base, given.copies, own)
+        false_by_base[base.name] = round(100 * float(np.mean(own["ours/false"])), 1)
         for key, values in own.items():
             tally.setdefault(key, []).extend(values)
     table: dict[str, dict[str, float]] = {}
     for key, values in tally.items():
         who, what = key.split("/", 1)
         table.setdefault(who, {})[f"{what}, %"] = round(100 * float(np.mean(values)), 1)
-    save("health_detection", {"logs": len(by_log), "copies": given.copies, "false_by_log": by_log, **table})
+    told = {"bases": len(false_by_base), "copies": given.copies, "false_by_base": false_by_base}
+    save("health_detection", {**told, "false_ids": dict(wrong), **table})
 
 
 if __name__ == "__main__":

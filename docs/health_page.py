@@ -73,15 +73,98 @@ device between rows. The guard also has all ranks write a checkpoint (`checkpoin
 (`stop: critical`), in the same step. `python -m rqvae health replay RUN_DIR` repeats every look from the files: the
 same findings, or exit code 1.
 
-How often this cries wolf and what it misses is measured: `python -m benchmarks.health_detection --logs FOLDER` and
-`python -m benchmarks.health_faults`; what the observer costs a step: `python -m benchmarks.health_live`. Figures under
-`benchmarks/results/`.
+How often this cries wolf and what it misses is measured: `python -m benchmarks.health_detection --healthy LOG ...` (on
+logs that somebody else calls healthy) and `python -m benchmarks.health_faults`; what the observer costs a step:
+`python -m benchmarks.health_live`. Figures under `benchmarks/results/`.
+"""
+
+
+WANTED: dict[str, tuple[str, ...]] = {
+    "param_change": ("train/param_change_GROUP",),
+    "update_ratio": ("train/update_ratio",),
+    "dead_units": ("train/dead_units",),
+    "attention_entropy": ("train/attn_entropy",),
+    "grad_noise_scale": ("train/grad_noise_scale",),
+    "latent_std": ("train/latent_std",),
+    "latent_mean": ("train/latent_mean",),
+    "latent_psnr": ("val/roundtrip_psnr",),
+    "eval_trend": ("val/loss",),
+    "ema_eval": ("val/loss", "val/ema_loss"),
+    "mask_probe": ("val/loss_mask_right", "val/loss_mask_shuffled"),
+    "memory": ("train/gpu_mem",),
+    "data_wait": ("train/data_wait",),
+    "timestep_draws": ("draw/timestep",),
+    "draws": ("draw/class",),
+    "images": ("image/std",),
+    "pixels": ("pixels/class_K",),
+    "input_range": ("input/low", "input/high"),
+    "conditions": ("condition/classes_train", "condition/classes_sampling"),
+}
+"""Needs that no run of ours meets by itself, and the names under which an observer logs what they ask for."""
+OBSERVER = """import torch
+from torch.nn.utils import parameters_to_vector
+
+from rqvae.callbacks.interfaces import Observer, RunView, UpdateView
+
+
+class Moved(Observer):
+    \"""Logs how far each part of a model has moved since the look before.\"""
+
+    def __init__(self, every: int = 50) -> None:
+        self.every, self.before = every, dict[str, torch.Tensor]()
+
+    def after_backward(self, run: RunView, update: UpdateView) -> None:
+        if run.clock.step % self.every:
+            return
+        for name, part in update.module.named_children():
+            if weights := list(part.parameters()):
+                now = parameters_to_vector(weights).detach().clone()
+                if name in self.before:
+                    run.log_scalars({f"train/param_change_{name}": torch.dist(now, self.before[name])})
+                self.before[name] = now
+"""
+_SPELLING = """## Other names for the same
+
+Lists elsewhere call three of these checks otherwise: EVAL.FID_RISING is EVAL.SCORE_RISING here (it judges KID, WER and
+others too), EVAL.MASK_IGNORED is COND.MASK_IGNORED, and LOG.MISSING_EVAL is EVAL.MISSING.
+"""
+
+
+def _own_values() -> str:
+    """What to log so that the remaining checks can look at a run of ours, and how."""
+    rows = []
+    for need, names in WANTED.items():
+        ids = ", ".join(check.id for check in all_checks() if need in check.needs)
+        rows.append(f"| {', '.join(f'`{name}`' for name in names)} | {NEEDS[need][1]} | {ids} |")
+    return f"""## What a run of ours does not log by itself
+
+Loss, gradient norm, learning rate, loss scale, epoch, time, speed and scores are in every row or come with
+`online_eval`; losses by diffusion time and class come with the observer `Health`. These checks ask for more:
+
+| log | that is | read by |
+|---|---|---|
+{chr(10).join(rows)}
+
+An observer logs it: a file of your own, say `moved.py`, and one line of the config. See
+[extending](extending.md) for where the file is looked for.
+
+```python
+# moved.py
+{OBSERVER}```
+
+```yaml
+observers: [{{class_path: moved.Moved, init_args: {{every: 50}}}}, {{class_path: rqvae.callbacks.health.Health}}]
+```
+
+`after_loss` has the batch and its losses, `after_backward` the module and its gradients, and a probe on held-out data
+(`val/loss_mask_shuffled`: the same batch, noise and times with the conditions of other samples) belongs into
+`after_step`, every some hundred steps. Leave tensors on the device: they are read with the row.
 """
 
 
 def page() -> str:
     """The whole page."""
-    lines = [_INTRO.format(formats=", ".join(f"`{reader.name}`" for reader in readers()))]
+    lines = [_INTRO.format(formats=", ".join(f"`{reader.name}`" for reader in readers())), _own_values(), _SPELLING]
     with tempfile.TemporaryDirectory() as folder:
         from_source = examined(Path(folder))
         for prefix, title in FAMILIES.items():

@@ -260,11 +260,15 @@ CASES: dict[str, tuple[Log, Log]] = {
         Log(
             events=(
                 ("warning", "/x/site-packages/diffusers/a.py:1: FutureWarning: You are using `torch.load` with ..."),
-            )
+            ),
+            form="guided-text",
         ),
-        Log(),
+        Log(form="guided-text"),
     ),
-    "LOG.WARNING.OTHER": (Log(events=(("warning", "/x/train.py:1: UserWarning: lr_scheduler.step() before"),)), Log()),
+    "LOG.WARNING.OTHER": (
+        Log(events=(("warning", "/x/train.py:1: UserWarning: lr_scheduler.step() before"),), form="guided-text"),
+        Log(form="guided-text"),
+    ),
     "DATA.IMBALANCE_IMAGE": (
         Log(facts={"Train set summary": "[50000, 400]"}),
         Log(facts={"Train set summary": "[500, 400]"}),

@@ -119,9 +119,29 @@ def main_namespace(settings):
 CONFIG = (
     "training:\n  lr: 0.0001\n  train_num_steps: 2\n  batch_size: 4\n  num_workers: 16\n  save_and_sample_every: 2\n"
 )
+DRAW = """
+=== Data Selection Details [DatasetLung.unbalanced_data()] ===
+Selected class index: 2
+Class size: 38244
+Selected sample index: 28659
+
+=== Image Loading Details [DatasetLung.unbalanced_data()] ===
+Image metadata:
+  Std: 52.81
+
+Mask metadata:
+  Value counts:
+    0: 50000
+    2: 170000
+    3: 3000
+    4: 39144
+"""
 LOG = """/env/lib/python3.10/site-packages/diffusers/models/modeling_utils.py:107: FutureWarning: Using `torch.load`
 === Model Summary [main()] ===
 Total parameters: 172,101,124
+
+=== Dataset Splitting [split_dataset()] ===
+Train set summary: [58389, 58041, 38244, 36493, 41360]
 
 === Cutoff Probabilities [DatasetLung._cutoffs()] ===
 Conditional drop probability: 1.0
@@ -147,7 +167,7 @@ Value of classes distribution: tensor([[0.9, 0.1, 0., 0.], [0.3, 0.7, 0., 0.], [
 
 === Generated Samples Details [Trainer.eval_loop()] ===
 training complete
-""" + "Size of c: torch.Size([2, 1024])\n" * 800  # fmt: skip
+""" + 5 * DRAW + "Size of c: torch.Size([2, 1024])\n" * 800  # fmt: skip
 
 
 def examined(folder: Path, model: str = MODEL, program: str = PROGRAM, config: str = CONFIG) -> Examination:

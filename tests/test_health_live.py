@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rqvae import backends
 from rqvae.callbacks.health import Health, HealthGuard
 from rqvae.callbacks.strata import LossStrata
 from rqvae.health.live import look, read_looks
+from rqvae.img_datasets.interfaces import MaskCondition
 from rqvae.trainers.meter import Meter
 from tests.conftest import assert_same, finish, means_of, only, rows, start, tensors
 from tests.test_loop import NoReads, assembled
@@ -66,6 +68,29 @@ def test_rows_have_the_loss_by_time_and_class() -> None:
     for k in np.unique(label):
         assert means.pop(f"train/loss_class_{k}") == pytest.approx(loss[label == k].mean(), rel=1e-6)
     assert not any("bin" in name or "class" in name for name in means), "groups without samples have no value"
+
+
+def test_under_a_mask_a_sample_counts_by_its_share_of_a_class() -> None:
+    """Against sums over pixels; a NaN is in the means of the classes that its mask has, and in no other."""
+    rng, meter = np.random.default_rng(0), Meter(backends.create("cpu"))
+    mask, loss = rng.integers(0, 3, (5, 4, 6)), rng.random(5)
+    mask[0], mask[1, :2], mask[4] = 3, 3, 1  # class 3 of 3 is a pixel without a label
+    view: Any = SimpleNamespace(log_groups=meter.add_groups)
+
+    def watch(mask: np.ndarray, loss: np.ndarray) -> None:
+        micro: Any = SimpleNamespace(condition=MaskCondition(torch.tensor(mask), 3))
+        seen: Any = SimpleNamespace(per_sample=torch.tensor(loss), t=None)
+        LossStrata().after_loss(view, view, micro, seen)
+
+    watch(mask[:2], loss[:2])
+    watch(mask[2:], loss[2:])
+    by_pixel = np.broadcast_to(loss[:, None, None], mask.shape)
+    expected = {f"train/loss_class_{k}": by_pixel[mask == k].mean() for k in range(3)}
+    assert means_of(meter) == pytest.approx(expected, rel=1e-6)
+    watch(mask, np.where(np.arange(5) == 0, np.nan, loss))
+    assert means_of(meter) == pytest.approx(expected, rel=1e-6), "the first has no label at all"
+    watch(mask, np.where(np.arange(5) == 4, np.nan, loss))
+    assert [name for name, value in means_of(meter).items() if np.isnan(value)] == ["train/loss_class_1"]
 
 
 @pytest.mark.parametrize("name", ["stage1_gan", "stage2"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from rqvae.health.log import RunLog
 from rqvae.health.readers import read_log, readers
 from rqvae.health.roles import role_of
 from tests.health_logs import WRITERS, dit, guided_csv, guided_text, healthy, ours, trainer_state, wandb_csv
-
-DEVELOPMENT = os.environ.get("RQVAE_HEALTH_LOGS", "")
 
 
 def written(folder: Path, form: str, points: int = 120) -> tuple[Path, str, np.ndarray, np.ndarray]:
@@ -245,24 +242,3 @@ def test_a_reader_of_ones_own_by_class_path(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("OWN\n1\n0.5\n")
     log = read_log(tmp_path / "x", "tests.test_health_readers.OwnReader")
     assert log.segments[0].series["loss"].values.tolist() == [1, 0.5]
-
-
-@pytest.mark.skipif(not DEVELOPMENT, reason="RQVAE_HEALTH_LOGS names no folder of real logs")
-def test_points_of_real_logs() -> None:
-    expected = {
-        "dit/lightningdit_vavae_xl_64ep.log.txt": ("dit", "Train Loss", 800),
-        "dit/domainguidance_caltech_ft.log.txt": ("dit", "Train Loss", 145),
-        "dit/pqdit_low_rank_012.log.txt": ("dit", "Train Loss", 50),
-        "dit/njudeep_009_neverstepped.log.txt": ("dit", "Train Loss", 0),
-        "dm/log_001.excerpt.txt": ("dm", "loss", 2),
-        "guided/kpd_lr1e-4.progress.csv": ("guided-csv", "loss", 1039),
-        "guided/kpd_exp2000.progress.csv": ("guided-csv", "loss", 575),
-        "guided/kpd_exp2000.log.txt": ("guided-text", "loss", 575),
-        "hf/whisper_small_hi_overfit.trainer_state.json": ("trainer-state", "eval_loss", 5),
-        "hf/tinyllama_ft.trainer_state.json": ("trainer-state", "loss", 186),
-        "hf/edgeai_short.trainer_state.json": ("trainer-state", "loss", 5),
-        "wandb/mia_sd15_finetune.wandb_export.csv": ("wandb-csv", "train_loss", 10000),
-    }
-    for name, (form, metric, points) in expected.items():
-        log = read_log(Path(DEVELOPMENT, name))
-        assert (log.format, log.points(metric)) == (form, points), name

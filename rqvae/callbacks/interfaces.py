@@ -66,7 +66,10 @@ class RunView(Protocol):
         ...
 
     def log_groups(self, name: str, values_b: Tensor, group_b: Tensor, groups: int) -> None:
-        """Add samples (B,) to the means `train/NAME_GROUP` of the row that comes next; see `Meter.add_groups`."""
+        """Add samples (B,) to the means `train/NAME_GROUP` of the row that comes next; see `Meter.add_groups`.
+
+        `group_b` is (B,), the group of each sample, or (B, groups), its weight in the mean of each.
+        """
         ...
 
     def ask(self, what: Literal["checkpoint", "stop"], why: str) -> None:

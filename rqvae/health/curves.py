@@ -14,6 +14,13 @@ from rqvae.health.statistics import smooth
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 236, 62, 34, 14, 24
 _COLUMNS = 300
+_MOST_SIGNS = 60
+_SIGNS = {
+    "restart": ("M{x:.1f} {y:.1f}m0 4v-8", 0),
+    "checkpoint": ("M{x:.1f} {y:.1f}m-3.5 3l3.5 -7l3.5 7z", 4),
+    "evaluation": ("M{x:.1f} {y:.1f}m-3 0l3 -3.5l3 3.5l-3 3.5z", 13),
+}
+"""What is drawn at a moment, and how far above the lower border."""
 _COLOURS = ("#2a5db0", "#c2571a", "#2e7d4f", "#7a4a9e", "#8a6d00", "#00707a")
 
 
@@ -27,7 +34,22 @@ class Mark:
     severity: str
 
 
-def curve(title: str, many: Sequence[Series], unit: str, marks: Sequence[Mark] = (), logarithmic: bool = False) -> str:
+@dataclass(frozen=True)
+class Moment:
+    """Something that happened at a step: `kind` is restart, checkpoint or evaluation."""
+
+    kind: str
+    step: float
+
+
+def curve(
+    title: str,
+    many: Sequence[Series],
+    unit: str,
+    marks: Sequence[Mark] = (),
+    logarithmic: bool = False,
+    moments: Sequence[Moment] = (),
+) -> str:
     """One picture of one or several series; "" where nothing can be shown.
 
     Args:
@@ -36,6 +58,7 @@ def curve(title: str, many: Sequence[Series], unit: str, marks: Sequence[Mark] =
         unit: of the horizontal axis.
         marks: shaded and labelled.
         logarithmic: vertical axis; values that are not positive are left out.
+        moments: restarts as dashed lines, checkpoints and evaluations as signs along the lower border.
     """
     shown = [s.finite for s in many]
     shown = [s.pick(s.values > 0) if logarithmic else s for s in shown]
@@ -45,7 +68,7 @@ def curve(title: str, many: Sequence[Series], unit: str, marks: Sequence[Mark] =
     values = np.concatenate([_vertical(s.values, logarithmic) for s in shown])
     steps = np.concatenate([s.steps for s in shown])
     frame = _Frame(float(steps.min()), float(steps.max()), *_limits(values), logarithmic)
-    body = [frame.axes(unit), *(frame.mark(mark, i) for i, mark in enumerate(marks))]
+    body = [frame.axes(unit), *(frame.mark(mark, i) for i, mark in enumerate(marks)), frame.moments(moments)]
     for series, colour in zip(shown, _COLOURS * 3, strict=False):
         body.append(frame.line(series, colour))
     if len(shown) > 1:
@@ -62,7 +85,7 @@ def _vertical(values: np.ndarray, logarithmic: bool) -> np.ndarray:
 def _limits(values: np.ndarray) -> tuple[float, float]:
     """The range of all values: what jumps out of it is what one looks for."""
     low, high = float(values.min()), float(values.max())
-    margin = 0.05 * (high - low) or max(abs(high), 1.0) * 0.05
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin
 
 
@@ -130,6 +153,23 @@ class _Frame:
         size = f'width="{right - left:.1f}" height="{HEIGHT - TOP - BOTTOM}"'
         box = f'<rect x="{left:.1f}" y="{TOP}" {size} class="m {mark.severity}"/>'
         return box + f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" class="t b">{escape(mark.text)}</text>'
+
+    def moments(self, moments: Sequence[Moment]) -> str:
+        """Those within the frame, as many of a kind as can be told apart, and what their signs mean."""
+        parts, x = [], float(LEFT)
+        for kind, (sign, height) in _SIGNS.items():
+            steps = sorted({m.step for m in moments if m.kind == kind and self.x0 <= m.step <= self.x1})
+            if not steps:
+                continue
+            shape = f"M{{x:.1f}} {TOP}V{HEIGHT - BOTTOM}" if kind == "restart" else sign
+            for step in steps[:: math.ceil(len(steps) / _MOST_SIGNS)]:
+                path = shape.format(x=self.x(step), y=HEIGHT - BOTTOM - height)
+                parts.append(f'<path d="{path}" class="e {kind}"/>')
+            words = f"{kind} ({len(steps)})"
+            parts.append(f'<path d="{sign.format(x=x + 5, y=HEIGHT - 8)}" class="e {kind}"/>')
+            parts.append(f'<text x="{x + 13:.0f}" y="{HEIGHT - 5}" class="t">{words}</text>')
+            x += 27 + 6.2 * len(words)
+        return "".join(parts)
 
     def line(self, series: Series, colour: str) -> str:
         values = _vertical(series.values, self.logarithmic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -156,10 +157,19 @@ class LogBuilder:
     events: list[Event] = field(default_factory=list)
     facts: list[Fact] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    _placeless: bool = False
     _runs: list[tuple[str, dict[str, _Column]]] = field(default_factory=lambda: [("", {})])
 
     def add(self, name: str, step: float, value: float, line: int) -> None:
-        """One point. A step that falls back far enough opens a new run; less far, it is an event `restart`."""
+        """One point. A step that falls back far enough opens a new run; less far, it is an event `restart`.
+
+        A step that is not finite has no place, and its point is left out.
+        """
+        if not math.isfinite(step):
+            if not self._placeless:
+                self.notes.append(f"line {line}: its step is not finite; points without a step are left out")
+            self._placeless = True
+            return
         columns = self._runs[-1][1]
         column = columns.get(name)
         if column is None:

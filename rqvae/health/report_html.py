@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from rqvae.health.curves import Mark, curve
+from rqvae.health.curves import Mark, Moment, curve
 from rqvae.health.examine import Examination
 from rqvae.health.finding import Evidence, Finding
 from rqvae.health.inventory import told
@@ -67,9 +67,14 @@ svg{width:100%;height:auto;background:var(--wash);border-radius:4px}
 .m.critical{fill:var(--critical);stroke:var(--critical)}
 .m.major{fill:var(--major);stroke:var(--major)}
 .m.minor,.m.info{fill:var(--minor);stroke:var(--minor)}
+.e{fill:none;stroke:var(--dim);stroke-width:1}
+.e.restart{stroke:var(--ink);stroke-dasharray:4 3}
+.e.checkpoint{fill:var(--dim);stroke:none}
 details summary{cursor:pointer;color:var(--dim);margin:6px 0}
 """
 _MOST_PICTURES = 12
+_EVENTS = {"restart": "restart", "checkpoint": "checkpoint", "sampling": "evaluation"}
+_HELD_OUT = ("eval_loss", "ema_eval", "score_low", "score_high", "held_out", "mask_shuffled")
 
 
 def as_html(examination: Examination) -> str:
@@ -137,6 +142,20 @@ def _marks(examination: Examination, subject: Subject) -> list[Mark]:
     ]
 
 
+def _moments(subject: Subject) -> list[Moment]:
+    """Restarts, checkpoints and evaluations of one run; where a file holds several, by the lines they stand in."""
+    log, series = subject.log, list(subject.segment.series.values())
+    lines = [s.lines for s in series if len(s)]
+    first, last = min((int(n[0]) for n in lines), default=0), max((int(n[-1]) for n in lines), default=0)
+    found = [
+        Moment(_EVENTS[event.kind], event.step)
+        for event in log.events
+        if event.kind in _EVENTS and event.step is not None and (len(log.segments) == 1 or first <= event.line <= last)
+    ]
+    held_out = [s for role in _HELD_OUT for s in subject.all(role)]
+    return found + [Moment("evaluation", float(step)) for s in held_out for step in s.steps]
+
+
 def _pictures(examination: Examination) -> str:
     pictures: list[str] = []
     for subject in examination.subjects:
@@ -145,15 +164,15 @@ def _pictures(examination: Examination) -> str:
 
 
 def _of_run(examination: Examination, subject: Subject) -> list[str]:
-    unit, marks = subject.log.unit, _marks(examination, subject)
+    unit, marks, moments = subject.log.unit, _marks(examination, subject), _moments(subject)
     label = f"{subject.segment.label}: " if len(examination.subjects) > 1 else ""
     losses = [s for s in (subject.train_loss, *subject.all("eval_loss")) if s is not None and len(s)]
     pictures = []
     if losses:
         names = ", ".join(s.name for s in losses)
         pictures += [
-            curve(f"{label}{names}", losses, unit, marks),
-            curve(f"{label}{names}, logarithmic", losses, unit, marks, True),
+            curve(f"{label}{names}", losses, unit, marks, moments=moments),
+            curve(f"{label}{names}, logarithmic", losses, unit, marks, True, moments),
         ]
     if bins := subject.all("t_bin"):
         pictures.append(curve(f"{label}loss by timestep, logarithmic", bins, unit, logarithmic=True))

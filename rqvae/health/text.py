@@ -65,9 +65,14 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def number(text: str) -> float:
-    """A number as logs spell it, `nan`, `inf`, `Infinity` and `1,234` included; ValueError if it is none."""
-    return float(text.replace(",", ""))
+def as_number(value: object) -> float | None:
+    """A number, or a text that spells one, `nan` and `inf` included; None for all else, and beyond what floats hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def wanted_lines(path: Path, wanted: set[int]) -> dict[int, str]:

@@ -106,15 +106,17 @@ class Meter:
         Args:
             name: of the values.
             values_b: (B,).
-            group_b: (B,) integers in [0, groups).
+            group_b: (B,) integers in [0, groups); or (B, groups) >= 0, a sample's weight in the mean of each group.
             groups: how many there are.
             prefix: of the names in the log.
         """
         values_b = values_b.detach().to(torch.promote_types(values_b.dtype, torch.float32))
-        member_bg = group_b[:, None] == torch.arange(groups, device=group_b.device)
+        if group_b.dim() == 1:
+            group_b = group_b[:, None] == torch.arange(groups, device=group_b.device)
+        weight_bg = group_b.to(values_b.dtype)
         # where, as a NaN times 0 would be in the sums of all groups
-        sums_g = torch.where(member_bg, values_b[:, None], torch.zeros_like(values_b[:, None])).sum(0)
-        self._add(f"{prefix}{name}{_GROUPS}", torch.stack([sums_g, member_bg.sum(0).to(sums_g.dtype)]))
+        sums_g = torch.where(weight_bg > 0, weight_bg * values_b[:, None], torch.zeros_like(weight_bg)).sum(0)
+        self._add(f"{prefix}{name}{_GROUPS}", torch.stack([sums_g, weight_bg.sum(0)]))
 
     def _add(self, key: str, value: Tensor) -> None:
         if key not in self._zeros:

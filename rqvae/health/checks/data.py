@@ -6,20 +6,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rqvae.health.finding import Evidence, Found, NotAssessed, at, check
+from rqvae.health.finding import Evidence, Found, NotAssessed, at, check, stated
 from rqvae.health.settings import as_list
 from rqvae.health.subject import Subject
 
 RATIO = 10.0
+_MOST_CLASSES = 10_000
 
 
 def _counts(subject: Subject) -> tuple[Evidence, list[float]] | None:
     """Images per class as the log states them."""
-    for fact in subject.log.facts:
-        values = as_list(fact.value)
-        named = any(word in fact.key.lower() for word in ("train set summary", "class counts", "class distribution"))
-        if named and values and len(values) > 1:
-            return Evidence(f"{fact.key}: {fact.value}", fact.line, fact.file), values
+    for setting in subject.stated:
+        named = any(word in setting.key.lower() for word in ("train set summary", "class counts", "class distribution"))
+        values = as_list(setting.value) if named else None
+        if values and len(values) > 1:
+            return stated(setting), values
     return None
 
 
@@ -35,12 +36,14 @@ def _counts(subject: Subject) -> tuple[Evidence, list[float]] | None:
 )
 def images(subject: Subject) -> Iterator[Found]:
     """Stated counts per class."""
-    stated = _counts(subject)
-    if stated is None:
+    counted = _counts(subject)
+    if counted is None:
         raise NotAssessed("log the number of images of each class")
-    ratio = max(stated[1]) / max(min(stated[1]), 1)
+    ratio = max(counted[1]) / max(min(counted[1]), 1)
     if ratio > RATIO:
-        yield Found(f"the largest class has {ratio:.1f} times the images of the smallest", (stated[0],), power="stated")
+        yield Found(
+            f"the largest class has {ratio:.1f} times the images of the smallest", (counted[0],), power="stated"
+        )
 
 
 @check(
@@ -84,8 +87,9 @@ def effective(subject: Subject) -> Iterator[Found]:
     draws = subject.segment.series["draw/class"]
     if len(draws) < 100:
         raise NotAssessed(f"log 100 draws or more, there are {len(draws)}")
-    classes = int(subject.number("classes") or draws.values.max() + 1)
-    counts = np.bincount(draws.values.astype(int), minlength=classes)[:classes]
+    known = draws.values[(draws.values >= 0) & (draws.values < _MOST_CLASSES)].astype(int)
+    classes = max(1, int(subject.number("classes") or known.max(initial=0) + 1))
+    counts = np.bincount(known, minlength=classes)[:classes]
     if counts.max() > RATIO * max(counts.min(), 1):
         yield Found(f"draws by class: {counts.tolist()}", (at(draws, 0),), power=f"{len(draws)} draws")
 

@@ -58,9 +58,10 @@ def overfit(subject: Subject) -> Iterator[Found]:
         if turned is None:
             continue
         best, rise = turned
-        since = loss.values[loss.steps >= series.steps[best]]
+        since, until = (loss.values[p] for p in (loss.steps >= series.steps[best], loss.steps <= series.steps[best]))
         third = max(1, len(since) // 3)
-        if len(since) >= 3 and np.median(since[-third:]) > 1.02 * np.median(since[:third]):
+        levels = [float(np.median(part)) for part in (since[:third], until[-third:]) if len(part)]
+        if len(since) >= 3 and np.median(since[-third:]) > 1.02 * min(levels):
             continue
         text = (
             f"{series.name} was {series.values[best]:.4g} at {series.steps[best]:g} and is "
@@ -130,8 +131,8 @@ def memorised(subject: Subject) -> Iterator[Found]:
     "the loss falls in steps at the borders of epochs",
     "major",
     needs=("trend", "minimised"),
-    threshold="at 3 borders of epochs or more the loss drops by 5 % and more than 5 times what it falls "
-    "within the epoch before",
+    threshold="at 3 borders of epochs or more, and at two of three, the loss drops by 5 % and more than 5 times what "
+    "it falls within the epoch before",
     alternatives=("an order of data that repeats", "a schedule that steps with the epoch"),
     recommendation=("samples are recognised: fewer epochs, more data or augmentation", "log a held-out loss"),
     verify="no step at the borders",
@@ -158,7 +159,7 @@ def staircase(subject: Subject) -> Iterator[Found]:
         spread = local_noise(loss.values[before:i]) * 1.25 / np.sqrt(width)
         if drop > max(0.05 * closing, 3 * spread) and drop > 5 * max(opening - closing, 0.0):
             stairs.append(i)
-    if len(stairs) >= 3 and len(stairs) >= 0.5 * judged:
+    if len(stairs) >= 3 and 3 * len(stairs) >= 2 * judged:
         text = f"{loss.name} drops at {len(stairs)} of {judged} borders of epochs and hardly within them"
         yield Found(text, tuple(at(loss, i) for i in stairs[:4]), confidence=0.85, power=f"{judged} borders of epochs")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rqvae.health.finding import Evidence, Found, NotAssessed, at, check
+from rqvae.health.finding import Evidence, Found, NotAssessed, at, check, stated
 from rqvae.health.settings import as_list
 from rqvae.health.statistics import binomial_p
 from rqvae.health.subject import Subject
@@ -135,7 +135,7 @@ def input_range(subject: Subject) -> Iterator[Found]:
 def sampler(subject: Subject) -> Iterator[Found]:
     """Exact binomial test on the draws in the log."""
     draws = subject.segment.series["draw/class"]
-    declared = next((f for f in subject.log.facts if f.key == "Individual probabilities"), None)
+    declared = next((s for s in subject.stated if s.key == "Individual probabilities"), None)
     shares = as_list(declared.value) if declared else None
     if declared is None or shares is None:
         raise NotAssessed("log the probabilities that the sampler was given")
@@ -145,8 +145,7 @@ def sampler(subject: Subject) -> Iterator[Found]:
     p = binomial_p(hits, len(draws), shares[0])
     if p < 1e-4:
         text = f"{hits} of {len(draws)} draws are of class 0 where {shares[0]:g} was declared (p = {p:.1g})"
-        where = Evidence(f"{declared.key}: {declared.value}", declared.line, declared.file)
-        yield Found(text, (where, at(draws, 0)), confidence=0.95, power=f"{len(draws)} draws")
+        yield Found(text, (stated(declared), at(draws, 0)), confidence=0.95, power=f"{len(draws)} draws")
 
 
 @check(
@@ -161,33 +160,20 @@ def sampler(subject: Subject) -> Iterator[Found]:
 )
 def drop_semantics(subject: Subject) -> Iterator[Found]:
     """The printed probability against the printed distribution."""
-    facts = subject.log.facts
-    if not any(fact.key == "Conditional drop probability" for fact in facts):
+    settings = subject.stated
+    if not any(setting.key == "Conditional drop probability" for setting in settings):
         raise NotAssessed("log the drop probability and the probabilities of the sampler")
-    for i, fact in enumerate(facts):
-        if fact.key != "Conditional drop probability":
+    for i, setting in enumerate(settings):
+        if setting.key != "Conditional drop probability":
             continue
-        follow = next((f for f in facts[i : i + 3] if f.key == "Individual probabilities"), None)
-        shares, p = as_list(follow.value) if follow else None, stated_number(fact.value)
+        follow = next((s for s in settings[i : i + 3] if s.key == "Individual probabilities"), None)
+        shares, p = as_list(follow.value) if follow else None, setting.number
         if follow and shares and p is not None and p != 0.5 and abs(shares[0] - (1 - p)) < 1e-3:
             text = (
                 f"with a drop probability of {p:g} the unconditional class has probability {shares[0]:g}, that is 1 - p"
             )
-            yield Found(
-                text,
-                tuple(Evidence(f"{f.key}: {f.value}", f.line, f.file) for f in (fact, follow)),
-                confidence=0.95,
-                power="stated in the log",
-            )
+            yield Found(text, (stated(setting), stated(follow)), confidence=0.95, power="stated")
             return
-
-
-def stated_number(text: str) -> float | None:
-    """A number from a fact's text."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 @check(

@@ -9,6 +9,10 @@ from rqvae.health.finding import Evidence, Found, NotAssessed, check
 from rqvae.health.subject import Subject
 
 _VERBOSE = 10_000
+_TABLES = {
+    "guided-csv", "guided-json", "lightning-csv", "rqvae", "stats-jsonl", "tensorboard", "trainer-state", "wandb-csv",
+}  # fmt: skip
+"""Formats that have no room for what a program prints."""
 _FRAME = re.compile(r"^(?P<path>\S+?):\d+: (?P<kind>\w*Warning): (?P<text>.*)")
 _PACKAGE = re.compile(r"(?:site|dist)-packages[/\\]([\w.-]+)")
 
@@ -102,6 +106,8 @@ def verbosity(subject: Subject) -> Iterator[Found]:
 
 def _warnings(subject: Subject) -> dict[tuple[str, str, str], list[int]]:
     """(package, kind, text) -> lines."""
+    if subject.log.format in _TABLES:
+        raise NotAssessed("keep what the program prints, warnings included, and give that text")
     found: dict[tuple[str, str, str], list[int]] = {}
     for event in subject.log.of_kind("warning"):
         frame = _FRAME.match(event.text)

@@ -38,7 +38,7 @@ def rise_of(subject: Subject) -> Rise | None:
     "the lowest level "
     "that was held over a fifth of the run; or the last three points or more lie 50 % above all of the 50 "
     "before; or the mean "
-    "logarithm shifts up for good by 20 % and 5 standard errors",
+    "logarithm shifts up for good by 20 % and 4.5 standard errors",
     alternatives=("a change of data, loss weights or resolution at that step", "a restart of the learning rate"),
     recommendation=(
         "resume from a checkpoint before the onset",
@@ -81,7 +81,9 @@ def spikes(values: np.ndarray) -> list[tuple[int, int]]:
     index = np.minimum(np.arange(len(values)) // max(1, window // 4), len(starts) - 1)
     high = (values > local[index] + 8 * spread[index]) & (values > 3 * local[index])
     edges = np.flatnonzero(np.diff(np.concatenate(([0], high.astype(np.int8), [0]))))
-    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= 3 and b < len(values)]
+    runs = [(int(a), int(b)) for a, b in edges.reshape(-1, 2) if b - a >= 3 and b < len(values)]
+    # A running median follows a loss that stays up, which then is no longer high, and has not come back.
+    return [(a, b) for a, b in runs if np.median(values[b : b + window]) < 2 * local[index[max(0, a - window)]]]
 
 
 @check(

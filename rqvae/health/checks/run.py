@@ -116,7 +116,9 @@ def truncated(subject: Subject) -> Iterator[Found]:
     elif not ended and steps is None and epochs is not None and epochs.number:
         marks, series = log.of_kind("epoch"), subject.one("epoch")
         reached = float(series.values[-1]) if series is not None else float(marks[-1].text) + 1 if marks else None
-        if reached is not None and reached < 0.98 * epochs.number:
+        if reached is None:
+            raise NotAssessed("log the epoch of each point")
+        if reached < 0.98 * epochs.number:
             words = f"the log ends in epoch {reached:g} of {epochs.number:g} without a word of an end"
             yield Found(words, (stated(epochs), last), power="stated")
 

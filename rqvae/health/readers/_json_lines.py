@@ -10,7 +10,7 @@ from typing import Any
 
 from rqvae.errors import BadInput
 from rqvae.health.log import LogBuilder
-from rqvae.health.text import lines_of
+from rqvae.health.text import as_number, lines_of
 
 
 def first_object(head: str) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def numeric(row: dict[str, Any], null_is_nan: bool = False) -> dict[str, float]:
     """The values that are numbers; with `null_is_nan` a null, which our log writes for what is not finite, is NaN."""
     found = {}
     for key, value in row.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[key] = float(value)
+        if isinstance(value, int | float) and (number := as_number(value)) is not None:
+            found[key] = number
         elif value is None and null_is_nan:
             found[key] = float("nan")
     return found

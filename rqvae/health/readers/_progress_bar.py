@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from rqvae.health.log import LogBuilder
 from rqvae.health.readers._pairs import pairs
 
+_COUNT = r"\d+(?:\.\d+)?k?"
 _BAR = re.compile(
-    r"^(?P<before>.*?)\s*\d+%\|[^|]*\|\s*(?P<n>[\d.]+k?)/(?P<total>[\d.]+k?) \[(?P<clock>[\d:?]+)<[^,\]]*,?\s*"
+    rf"^(?P<before>.*?)\s*\d+%\|[^|]*\|\s*(?P<n>{_COUNT})/(?P<total>{_COUNT}) \[(?P<clock>(?:\d+:)*\d+|\?)<[^,\]]*,?\s*"
     r"(?:(?P<rate>[\d.?]+)(?P<unit>it/s|s/it))?(?P<after>[^\]]*)"
 )
 

@@ -13,7 +13,7 @@ from rqvae.health.readers._pairs import clock, note_line, pairs
 from rqvae.health.text import lines_of
 
 _POINT = re.compile(r"\(step=(\d+)\)(.*)")
-_USUAL = re.compile(r"\(step=(\d+)\) Train Loss: ([\d.]+), Train Steps/Sec: ([\d.]+)$")
+_USUAL = re.compile(r"\(step=(\d+)\) Train Loss: (\d+\.?\d*), Train Steps/Sec: (\d+\.?\d*)$")
 _HEADER = re.compile(r"Experiment directory created at|\b\w*[DS]iT Parameters: |Beginning epoch \d+")
 _EPOCH = re.compile(r"Beginning epoch (\d+)")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rqvae.health.log import LogBuilder, RunLog
 from rqvae.health.readers._pairs import note_line
 from rqvae.health.readers._progress_bar import ProgressBar
-from rqvae.health.text import lines_of
+from rqvae.health.text import as_number, lines_of
 
 _BLOCK = re.compile(r"^=== (.+?) \[(.*?)\] ===$")
 _PAIR = re.compile(r"^ {0,4}([A-Za-z][\w /-]{0,60}?): (.+)$")
@@ -110,7 +110,7 @@ class _Blocks:
         if self.block.startswith("Data Selection"):
             name = _DRAWN.get(key)
             if name:
-                self.log.add(name, self.draws, float(value), number)
+                self._point(name, self.draws, value, number)
         elif self.block.startswith("Image Loading"):
             self._image(number, key, value)
         elif self.block.startswith("Training Loop"):
@@ -120,16 +120,21 @@ class _Blocks:
         elif any(word in self.block for word in _STATING) or not self.block:
             self.log.fact(key, value, number)
 
+    def _point(self, name: str, step: float, text: str, line: int) -> None:
+        """A point, unless debug output of another process was printed into its number."""
+        if (value := as_number(text)) is not None:
+            self.log.add(name, step, value, line)
+
     def _image(self, number: int, key: str, value: str) -> None:
         if key == "Std" and self.part.startswith("Image"):
             self.images += 1
-            self.log.add("image/std", self.images, float(value), number)
+            self._point("image/std", self.images, value, number)
 
     def _batch(self, number: int, key: str, value: str) -> None:
         if key == "Value range" and self.part.startswith("Input images") and (found := _RANGE.search(value)):
             self.batches += 1
-            self.log.add("input/low", self.batches, float(found[1]), number)
-            self.log.add("input/high", self.batches, float(found[2]), number)
+            self._point("input/low", self.batches, found[1], number)
+            self._point("input/high", self.batches, found[2], number)
 
     def _step(self, number: int, key: str, value: str) -> None:
         if key == "Timestep":
@@ -154,5 +159,5 @@ class _Blocks:
             return
         name = "condition/classes_train" if self.training else "condition/classes_sampling"
         for row in _ROW.findall(whole):
-            shares = [float(x) for x in row.split(",") if x.strip()]
-            self.log.add(name, self.calls, float(sum(share > 0 for share in shares)), number)
+            shares = [as_number(x) for x in row.split(",") if x.strip()]
+            self.log.add(name, self.calls, float(sum(share is not None and share > 0 for share in shares)), number)

@@ -11,6 +11,7 @@ from rqvae.health.readers._json_lines import first_object, numeric, objects
 from rqvae.health.text import lines_of
 
 _MODULE = re.compile(r"assembly: (stage1|connector|stage2) (\w+): ([\d,]+) parameters, ([\d,]+) trainable")
+_SAVED = re.compile(r"checkpoint .*step_(\d+)\b")
 _BATCH = re.compile(r"on (\d+ x \w+), (\w+): step \d+ of (\d+), (\d+) images a step, (\d+) images an epoch")
 
 
@@ -66,4 +67,5 @@ def _words(log: LogBuilder, path: Path, first: int | None) -> None:
         elif " WARNING " in text:
             log.event("warning", line, text)
         elif "checkpoint" in text:
-            log.event("checkpoint", line, text)
+            saved = _SAVED.search(text)
+            log.event("checkpoint", line, text, float(saved[1]) if saved else None)

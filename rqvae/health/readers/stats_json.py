@@ -10,6 +10,7 @@ from typing import Any
 
 from rqvae.health.log import LogBuilder, RunLog
 from rqvae.health.readers._json_lines import first_object, objects
+from rqvae.health.text import as_number
 
 
 class Reader:
@@ -28,8 +29,7 @@ class Reader:
         log, count = LogBuilder(path, self.name, unit="kimg"), 0
         for index, (count, row) in enumerate(objects(path, log)):  # noqa: B007
             if "results" in row:
-                step = float(str(row.get("snapshot_pkl") or index).rpartition("-")[2].removesuffix(".pkl") or index)
-                log.row(step, {k: float(v) for k, v in row["results"].items()}, count)
+                _scores(log, row, index, count)
                 continue
             values = {key: mean for key, value in row.items() if (mean := _mean(value)) is not None}
             step = values.pop("Progress/kimg", values.pop("Progress/nimg", float(index) * 1000) / 1000)
@@ -39,7 +39,16 @@ class Reader:
         return log.finish(count)
 
 
+def _scores(log: LogBuilder, row: dict[str, Any], index: int, line: int) -> None:
+    """A line of metric-*.jsonl: `{"results": {"fid50k_full": 9.1}, "snapshot_pkl": "network-snapshot-000200.pkl"}`."""
+    named = str(row.get("snapshot_pkl")).rpartition("-")[2].removesuffix(".pkl")
+    step = as_number(named)
+    results = row["results"] if isinstance(row["results"], dict) else {}
+    values = {key: number for key, value in results.items() if (number := as_number(value)) is not None}
+    log.row(float(index) if step is None else step, values, line)
+
+
 def _mean(value: Any) -> float | None:
     if isinstance(value, dict):
-        return float(value["mean"]) if value.get("num", 1) and value.get("mean") is not None else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+        return as_number(value.get("mean")) if value.get("num", 1) else None
+    return as_number(value)

@@ -11,7 +11,7 @@ from typing import Any
 
 from rqvae.errors import BadInput
 from rqvae.health.log import LogBuilder, RunLog
-from rqvae.health.text import encoding_of
+from rqvae.health.text import as_number, encoding_of
 
 _STATED = (
     "max_steps",
@@ -69,15 +69,16 @@ def _objects(text: str, at: int, log: LogBuilder) -> Iterator[tuple[int, dict[st
 
 
 def _add(log: LogBuilder, line: int, row: dict[str, Any]) -> None:
-    step = float(row.pop("step", log.last_step or 0))
+    step = as_number(row.pop("step", None))
+    step = (log.last_step or 0.0) if step is None else step
     if "train_runtime" in row:
         log.event("done", line, f"train_runtime {row['train_runtime']}", step)
         for key in _FINAL:
             if key in row:
                 log.fact(key, row.pop(key), line)
     for key, value in row.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) or value in ("nan", "inf", "-inf", "NaN"):
-            log.add(key, step, float(value), line)
+        if (number := as_number(value)) is not None:
+            log.add(key, step, number, line)
 
 
 def _state(log: LogBuilder, text: str, before: int, after: int) -> None:
