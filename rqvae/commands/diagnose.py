@@ -84,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
         bar.close()
     retest = _retest(options)
     report = write_report(options.output, metrics, options.baseline, retest)
-    _print(metrics, retest)
+    _print(_latest(metrics) if diagnostic.mode == "compile_except" else metrics, retest)
     sys.stdout.write(f"{report}\n")
     return 0
 
@@ -218,6 +218,12 @@ class _Bar:
             self._bar.close()
 
 
+def _latest(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What compile_except did last, without the diagnosis that it is kept beside."""
+    entry = list(metrics["summary"]["compile_except"].values())[-1]
+    return {**entry, "config": metrics["config"]}
+
+
 def _print(metrics: dict[str, Any], retest: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -233,5 +239,7 @@ def _print(metrics: dict[str, Any], retest: str) -> None:
     for name in ("culprits", "interactions", "suggested_graph_breaks"):
         if summary[name]:
             console.print(f"{name}: {summary[name]}", markup=False)
+    for name, reason in summary.get("not_searched", {}).items():
+        console.print(f"{name}: not searched: {reason}", markup=False)
     if summary["culprits"] or summary["interactions"]:
         console.print(f"retest: {retest}", markup=False)
