@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,10 +193,10 @@ def _isolated(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _retest(options: argparse.Namespace) -> str:
     """The command that compiles all but what was found bad."""
     words = ["python -m rqvae diagnose --mode compile_except"]
-    for name in ("output", "device", "model_name", "backend", "seed", "dtype", "latent_size"):
+    subject = ("model_name", "root", "gaudi_config", "prompt", "steps", "batch_size", "latent_size", "seed", "dtype")
+    for name in ("output", "device", "backend", "blank_std", *subject):
         if (value := getattr(options, name)) != parser().get_default(name):
-            text = str(value)
-            words.append(f"--{name} " + (f"'{text}'" if any(c in text for c in ' {"') else text))
+            words.append(f"--{name} {shlex.quote(str(value))}")
     return " ".join(words)
 
 
