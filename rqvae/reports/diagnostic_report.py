@@ -72,14 +72,14 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
     page.heading("Answer")
     plan = summary.get("plan") or {}
     together = [" + ".join(found["paths"]) for found in summary["interactions"]]
-    together += [f"{name} not searched: {why}" for name, why in summary.get("not_searched", {}).items()]
+    not_searched = [f"{name} not searched: {why}" for name, why in summary.get("not_searched", {}).items()]
     cuts = [f"{cut['path']}: before {cut['before']}" for cut in summary["suggested_graph_breaks"]]
     number = plan.get("compile")
     units = f"{number} unit{'' if number == 1 else 's'}"
     compiled = f"{units} compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
     answers = [
         ("Wrong by themselves", ", ".join(summary["culprits"]) or "none"),
-        ("Wrong only as a whole, or together", ", ".join(together) or "none"),
+        ("Wrong only as a whole, or together", ", ".join([*together, *not_searched]) or "none"),
         (
             "Cut their graphs",
             ", ".join(cuts) or "none found; --mode find_breaks looks for them" if together else "not needed",
