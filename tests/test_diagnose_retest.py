@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from rqvae.commands import diagnose as command
+from rqvae.diagnostics.compilers import TorchCompiler
 from rqvae.diagnostics.faults import FaultyCompiler
 from rqvae.diagnostics.journal import Journal, read_lines
 from rqvae.diagnostics.rows import Row
+from rqvae.diagnostics.subjects import Request, Subject
+from rqvae.diagnostics.units import ROOT
 from rqvae.trainers.diagnostic_files import Mirrors
+from rqvae.trainers.vae_diagnostic import DiagnosticSettings, VaeDiagnostic
 from tests.conftest import finish, start
 from tests.diagnoses import backend, metrics, options_of
+from tests.diagnoses import small as small_decoder
 
 BAD = "mid_block.resnets.0.norm1"
 FEW = f"conv_in,{BAD},mid_block.resnets.0.conv1"
@@ -140,7 +147,7 @@ def test_compile_except_goes_on_after_ctrl_c(
 
 class Fatal(FaultyCompiler):
     """Each module's code is right by itself; that of the second ends the process where that of the first ran just once
-    before it, as in a decode with both. The shadow decode runs new code twice."""
+    before it, as in a decode with both. The shadow decode runs new code twice. So does that of the whole decoder."""
 
     def __init__(self, first: str, second: str) -> None:
         super().__init__(inner="eager")
@@ -150,14 +157,14 @@ class Fatal(FaultyCompiler):
         return self._made.setdefault(path, lambda graph, _: lambda *given: self._run(path, graph, given))
 
     def _run(self, path: str, graph: Any, given: Any) -> Any:
-        if path == self._pair[1] and self._ran == 1:
+        if path == ROOT or (path == self._pair[1] and self._ran == 1):
             os.kill(os.getpid(), signal.SIGKILL)
         self._ran = self._ran + 1 if path == self._pair[0] else 0
         return graph.forward(*given)
 
 
 @pytest.mark.slow
-def test_a_crash_in_the_search_leaves_metrics(small: list[str], tmp_path: Path) -> None:
+def test_a_crash_in_the_search_and_in_the_plan_leaves_metrics(small: list[str], tmp_path: Path) -> None:
     pair = {"first": BAD, "second": "mid_block.resnets.0.norm2"}
     compiler = json.dumps({"class_path": "tests.test_diagnose_retest.Fatal", "init_args": pair})
     isolated = ["--isolate", "process", "--timeout", "60", "--test_paths", ",".join(pair.values())]
@@ -165,8 +172,8 @@ def test_a_crash_in_the_search_leaves_metrics(small: list[str], tmp_path: Path) 
     assert code == 0, errors
     whole = metrics(tmp_path / "out")
     assert [row["status"] for row in whole["results"]] == ["OK", "OK"]
-    assert whole["summary"]["not_searched"] == {"interactions": "CRASHED"}
-    assert whole["summary"]["plan"]["status"] == "OK"  # the whole decoder is another graph
+    assert whole["summary"]["not_searched"] == {"interactions": "CRASHED", "plan": "CRASHED"}
+    assert whole["summary"]["plan"]["status"] == "CRASHED"
     assert "interactions not searched: CRASHED" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -203,6 +210,30 @@ def test_what_has_no_picture_says_why(cli: Callable[..., int], small: list[str],
         assert row["status"] == "OK" or "file" in row["image"] or row["image"]["no_picture"]
     assert rows["mid_block.resnets"]["image"]["no_picture"] == "it only holds modules"
     assert "the decode raised RuntimeError" in (tmp_path / "out" / "report.html").read_text()
+
+
+class Overflowing:
+    """A decoder in fp16 one of whose last convolutions overflows."""
+
+    def subject(self, request: Request, latent: Tensor | None = None) -> Subject:  # noqa: ARG002
+        subject = small_decoder(torch.float16)
+        subject.root.get_submodule("up_blocks.1.resnets.1.conv2").weight.mul_(1e7)  # type: ignore[operator, union-attr]
+        return subject
+
+
+def test_after_overflow_the_plan_and_the_pictures_say_so_too(tmp_path: Path) -> None:
+    paths = "conv_in,up_blocks.1.resnets.1.conv2,conv_out"
+    settings = DiagnosticSettings(tmp_path, test_paths=paths, compiler="eager")
+    whole = VaeDiagnostic(Overflowing(), Request(), TorchCompiler("eager"), settings).execute()
+    rows, summary = {row["path"]: row for row in whole["results"]}, whole["summary"]
+    assert [(row["status"], row["role"]) for row in rows.values()] == [
+        ("OK", None),
+        ("EAGER_NONFINITE", "culprit"),
+        ("EAGER_NONFINITE", "inherited"),
+    ]
+    assert "eager output is not finite" in rows["conv_out"]["image"]["no_picture"]
+    assert summary["not_searched"] == {"interactions": "EAGER_NONFINITE, the eager image is not finite"}
+    assert (summary["plan"]["status"], summary["interactions"]) == ("EAGER_NONFINITE", [])
 
 
 def test_random_weights_are_said_in_every_output(cli: Callable[..., int], small: list[str], tmp_path: Path) -> None:
