@@ -234,6 +234,14 @@ def test_after_overflow_the_plan_and_the_pictures_say_so_too(tmp_path: Path) -> 
     assert "eager output is not finite" in rows["conv_out"]["image"]["no_picture"]
     assert summary["not_searched"] == {"interactions": "EAGER_NONFINITE, the eager image is not finite"}
     assert (summary["plan"]["status"], summary["interactions"]) == ("EAGER_NONFINITE", [])
+    assert metrics(tmp_path)["config"]["reference"]["mean"] == "nan"
+
+
+def test_an_image_that_is_not_finite_is_written(cli: Callable[..., int], small: list[str], tmp_path: Path) -> None:
+    """JSON has no NaN."""
+    assert cli("diagnose", *small, "--backend", backend("conv_in:nan"), "--test_paths", "conv_in") == 0
+    (row,) = metrics(tmp_path / "out")["results"]
+    assert (row["status"], row["image"]["mean"], row["image"]["status"]) == ("NONFINITE", "nan", "NONFINITE")
 
 
 def test_random_weights_are_said_in_every_output(cli: Callable[..., int], small: list[str], tmp_path: Path) -> None:

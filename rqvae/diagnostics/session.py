@@ -16,7 +16,7 @@ from rqvae.diagnostics.compiled import CompiledUnit, failure_of, switched
 from rqvae.diagnostics.compilers import Compiler
 from rqvae.diagnostics.images import Decoded, ImageJudge, error_in_words, failed
 from rqvae.diagnostics.ledger import Ledger
-from rqvae.diagnostics.rows import Row, assign_overflow_roles, assign_roles, bad, blank_row, row_of
+from rqvae.diagnostics.rows import Row, assign_overflow_roles, assign_roles, bad, blank_row, json_number, row_of
 from rqvae.diagnostics.search import all_smallest_failing
 from rqvae.diagnostics.shadow import Call, ShadowDecode
 from rqvae.diagnostics.subjects import Subject
@@ -196,8 +196,8 @@ class Diagnosis:
         same_shape = shown.shape == reference.shape
         error = float((shown - reference).square().mean()) if same_shape else float("nan")
         return {
-            "mean": float(shown.mean()),
-            "std": float(shown.std(correction=0)),
+            "mean": json_number(float(shown.mean())),
+            "std": json_number(float(shown.std(correction=0))),
             "blank": is_blank(shown, self.blank_std),
             "psnr": float(-10 * torch.tensor(error).log10()) if error > 0 else None,
         }
