@@ -12,7 +12,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "5": [["ddp_overhead"]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"], ["fid_resize"], ["fid_jackknife"]],
     "7": [["play_speed"]],
-    "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"]],
+    "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"], ["vae_diagnostic_runs"]],
     "9": [["channel_tracking"]],
     "10": [["pathology"]],
     "11": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -87,14 +88,16 @@ def test_files_of_a_diagnosis_and_the_retest(
     assert [line for line in lines if not line.startswith("#")] == ["mid_block.resnets.0.norm1"]
     # the retest: bad_paths.txt is read
     assert cli("diagnose", *small, *fault, "--mode", "compile_except") == 0
-    again = {row["path"]: row for row in metrics(out)["results"]}
+    assert metrics(out)["results"] == whole["results"]
+    sets = metrics(out)["summary"]["compile_except"]
+    assert sets.keys() == {"mid_block.resnets.0.norm1"}
+    again = {row["path"]: row for row in sets["mid_block.resnets.0.norm1"]["results"]}
     assert {path: row["status"] for path, row in again.items()} == {
         "combined": "OK",
         "excluded.mid_block.resnets.0.norm1": "MISMATCH",
         "interaction": "MISMATCH",
     }
     assert again["excluded.mid_block.resnets.0.norm1"]["role"] == "culprit"
-    assert metrics(out)["summary"]["compile_except"].keys() == {"mid_block.resnets.0.norm1"}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def test_after_ctrl_c_the_rows_stay_and_the_same_command_goes_on(
     lines = (tmp_path / "out" / "journal.jsonl").read_text()
     assert lines.startswith(journal)
     assert [row["status"] for row in metrics(tmp_path / "out")["results"]] == ["OK"] * 4
-    assert lines.count('"begin"') == 4  # the two that were known are not compiled again
+    assert len(re.findall(r'"begin": "\w', lines)) == 4  # the two that were known are not compiled again
 
 
 @pytest.mark.slow

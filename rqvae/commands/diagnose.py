@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def run(arguments: Sequence[str]) -> int:
         bar.close()
     retest = _retest(options)
     report = write_report(options.output, metrics, options.baseline, retest)
-    _print(metrics, retest)
+    _print(_latest(metrics) if diagnostic.mode == "compile_except" else metrics, retest)
     sys.stdout.write(f"{report}\n")
     return 0
 
@@ -192,10 +193,10 @@ def _isolated(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _retest(options: argparse.Namespace) -> str:
     """The command that compiles all but what was found bad."""
     words = ["python -m rqvae diagnose --mode compile_except"]
-    for name in ("output", "device", "model_name", "backend", "seed", "dtype", "latent_size"):
+    subject = ("model_name", "root", "gaudi_config", "prompt", "steps", "batch_size", "latent_size", "seed", "dtype")
+    for name in ("output", "device", "backend", "blank_std", *subject):
         if (value := getattr(options, name)) != parser().get_default(name):
-            text = str(value)
-            words.append(f"--{name} " + (f"'{text}'" if any(c in text for c in ' {"') else text))
+            words.append(f"--{name} {shlex.quote(str(value))}")
     return " ".join(words)
 
 
@@ -218,6 +219,12 @@ class _Bar:
             self._bar.close()
 
 
+def _latest(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What compile_except did last, without the diagnosis that it is kept beside."""
+    entry = list(metrics["summary"]["compile_except"].values())[-1]
+    return {**entry, "config": metrics["config"]}
+
+
 def _print(metrics: dict[str, Any], retest: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -233,5 +240,7 @@ def _print(metrics: dict[str, Any], retest: str) -> None:
     for name in ("culprits", "interactions", "suggested_graph_breaks"):
         if summary[name]:
             console.print(f"{name}: {summary[name]}", markup=False)
+    for name, reason in summary.get("not_searched", {}).items():
+        console.print(f"{name}: not searched: {reason}", markup=False)
     if summary["culprits"] or summary["interactions"]:
         console.print(f"retest: {retest}", markup=False)

@@ -113,7 +113,9 @@ class CompiledUnit:
                 output = self.call(*arguments, **keywords)
                 settle(self.device)
             except Exception as error:  # noqa: BLE001  (whatever a compiler raises is its verdict)
-                return Execution(_status_of(error, watch), failure=_failure(error, (arguments, keywords)), watch=watch)
+                return Execution(
+                    _status_of(error, watch), failure=failure_of(error, (arguments, keywords)), watch=watch
+                )
             total = time.perf_counter() - started
         if not watch.executed:
             return Execution(Status.EAGER_FALLBACK, output, watch=watch)
@@ -169,7 +171,8 @@ def _status_of(error: Exception, watch: Watch) -> Status:
     return Status.RUNTIME_ERROR if ran else Status.COMPILE_ERROR
 
 
-def _failure(error: Exception, arguments: Any) -> Failure:
+def failure_of(error: Exception, arguments: Any) -> Failure:
+    """An exception as a row keeps it: of a compiler's wrapped one the innermost, with what the call was given."""
     cause = error
     while isinstance(inner := getattr(cause, "inner_exception", None) or cause.__cause__, Exception):
         cause = inner
@@ -178,19 +181,61 @@ def _failure(error: Exception, arguments: Any) -> Failure:
     return Failure(type(cause).__name__, message, describe_arguments(arguments), lines)
 
 
+@dataclass
+class SwitchedRun:
+    """What the compiled code of one unit did in a decode.
+
+    Args:
+        unit: the unit.
+        calls: of the unit.
+        backend_calls: runs of compiled graphs in them; 0 where dynamo was eager without a word.
+        fresh_graphs: compiled for them.
+        status: COMPILE_ERROR or RUNTIME_ERROR where a call raised.
+        failure: its exception.
+    """
+
+    unit: Unit
+    calls: int = 0
+    backend_calls: int = 0
+    fresh_graphs: int = 0
+    status: Status = Status.OK
+    failure: Failure | None = None
+
+
+def _watched(compiled: CompiledUnit, run: SwitchedRun) -> Callable[..., Any]:
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        run.calls += 1
+        with compiled.ledger.watching() as watch, _quiet():
+            try:
+                return compiled.call(*arguments, **keywords)
+            except Exception as error:
+                run.status, run.failure = _status_of(error, watch), failure_of(error, (arguments, keywords))
+                raise
+            finally:
+                run.backend_calls += len(watch.executed)
+                run.fresh_graphs += len(watch.compiled)
+
+    return call
+
+
 @contextlib.contextmanager
-def switched(units: Iterable[CompiledUnit]) -> Iterator[None]:
+def switched(units: Iterable[CompiledUnit]) -> Iterator[list[SwitchedRun]]:
     """Within, the units' own modules answer calls with their compiled code. Types, hooks and weights stay as they are.
 
     The slot is that of `nn.Module.compile`: the call of a module looks there first.
+
+    Yields:
+        What each unit's compiled code does, filled in as it is called.
     """
     before: list[tuple[nn.Module, Any]] = []
+    runs: list[SwitchedRun] = []
     try:
         for compiled in units:
             module = compiled.unit.module
             before.append((module, module._compiled_call_impl))
-            module._compiled_call_impl = compiled.call
-        yield
+            runs.append(SwitchedRun(compiled.unit))
+            module._compiled_call_impl = _watched(compiled, runs[-1])
+        yield runs
     finally:
         for module, call in reversed(before):
             module._compiled_call_impl = call

@@ -14,7 +14,8 @@ from rqvae.errors import BadInput
 class Journal:
     """journal.jsonl: a header, `begin`, `row` and `lost` lines, and `finished`; the last row of a path counts.
 
-    `lost` is written by the process around: a unit in which a process ended, with its status.
+    `begin` names a unit or, between angle brackets, a search that follows the units. `lost` is written by the process
+    around: the unit or the search in which a process ended, with its status.
 
     Args:
         path: the file.
@@ -48,6 +49,7 @@ class Journal:
         for line in lines:
             if "row" in line:
                 self.rows[line["row"]["path"]] = line["row"]
+                self.lost.pop(line["row"]["path"], None)
                 self.begun = None
             if "lost" in line:
                 self.lost[line["lost"]] = line["status"]
@@ -56,7 +58,7 @@ class Journal:
             self.finished = self.finished or "finished" in line
 
     def begin(self, path: str) -> None:
-        """A unit's code is about to be compiled and run."""
+        """A unit's code is about to be compiled and run, or a search to go on."""
         self._write({"begin": path})
 
     def row(self, row: Row) -> None:

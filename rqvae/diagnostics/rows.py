@@ -77,7 +77,7 @@ def row_of(index: int, unit: Unit, calls: Sequence[Call], survey: Survey) -> Row
         timing=_timing(calls),
     )
     if worst.verdict.figures is not None:
-        row.update({name: _json_number(value) for name, value in asdict(worst.verdict.figures).items()})
+        row.update({name: json_number(value) for name, value in asdict(worst.verdict.figures).items()})
     row["notes"] = _notes(row, calls)
     return row
 
@@ -88,7 +88,7 @@ def _excess(call: Call) -> float:
     return excess if math.isfinite(excess) else math.inf
 
 
-def _json_number(value: float | None) -> float | str | None:
+def json_number(value: float | None) -> float | str | None:
     """JSON has no NaN and no infinity; as words they stay apart from what was not measured."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

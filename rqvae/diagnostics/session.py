@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 from rqvae.backends.compilers import own_compilations
 from rqvae.diagnostics.blank import STD_THRESHOLD, is_blank
 from rqvae.diagnostics.breaks import Cut, CutSearch, candidates
-from rqvae.diagnostics.compare import Status, Verdict, judge
-from rqvae.diagnostics.compiled import CompiledUnit, switched
+from rqvae.diagnostics.compare import Status
+from rqvae.diagnostics.compiled import CompiledUnit, failure_of, switched
 from rqvae.diagnostics.compilers import Compiler
+from rqvae.diagnostics.images import Decoded, ImageJudge, error_in_words, failed
 from rqvae.diagnostics.ledger import Ledger
-from rqvae.diagnostics.rows import Row, assign_overflow_roles, assign_roles, bad, blank_row, row_of
+from rqvae.diagnostics.rows import Row, assign_overflow_roles, assign_roles, bad, blank_row, json_number, row_of
 from rqvae.diagnostics.search import all_smallest_failing
 from rqvae.diagnostics.shadow import Call, ShadowDecode
 from rqvae.diagnostics.subjects import Subject
@@ -36,26 +36,6 @@ class Listener(Protocol):
     def row(self, row: Row) -> None:
         """A unit's row is known."""
         ...
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """An image decoded with some units compiled.
-
-    Args:
-        image: (B, 3, H, W) in [0, 1], not clamped; None where decoding raised.
-        verdict: against the eager image.
-        facts: mean, std, blank and PSNR of the image, or the error.
-    """
-
-    image: Tensor | None
-    verdict: Verdict
-    facts: dict[str, Any]
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether the image is not the eager one."""
-        return self.verdict.status is not Status.OK
 
 
 class Diagnosis:
@@ -79,12 +59,14 @@ class Diagnosis:
         self._compiled: dict[str, CompiledUnit] = {}
         self._versions, self._training = versions, [module.training for module in subject.root.modules()]
         self.survey = Survey(torch.empty(0))
+        self.images = ImageJudge(subject, self.survey, blank_std)
 
     def __enter__(self) -> Diagnosis:
         self._context = own_compilations(self._versions)
         self._context.__enter__()
         self.subject.root.eval()
         self.survey = survey(self._decode, list(self.units.values()))
+        self.images = ImageJudge(self.subject, self.survey, self.blank_std)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -92,6 +74,11 @@ class Diagnosis:
             module.training = training
         self._compiled.clear()
         self._context.__exit__(None, None, None)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether the eager image is not finite, so that no image says anything about the compiler."""
+        return self.images.overflows
 
     def _decode(self) -> Tensor:
         self.decodes += 1
@@ -174,19 +161,10 @@ class Diagnosis:
             torch._dynamo.reset()
             listener.begin(path)
             compiled = CompiledUnit(self.units[path], self.compiler, self.ledger, self._device)
-            with self.ledger.watching() as watch:
-                decoded = self.decode_switched([compiled])
-            status = decoded.verdict.status
-            if status is Status.OK and not watch.executed:
-                status = Status.EAGER_FALLBACK
-            rows[path] = blank_row(self._indices[path], self.units[path], status)
-            rows[path].update(
-                calls=self.survey.calls[path],
-                backend_calls=len(watch.executed),
-                image=decoded.facts,
-                error=decoded.facts.get("error"),
-            )
-            rows[path]["timing"]["fresh_graphs"] = len(watch.compiled)
+            decoded = self.decode_switched([compiled])
+            rows[path] = blank_row(self._indices[path], self.units[path], decoded.verdict.status, decoded.notes)
+            rows[path].update(**decoded.counts(), image=decoded.facts, error=decoded.error)
+            rows[path]["timing"]["fresh_graphs"] = sum(run.fresh_graphs for run in decoded.runs)
             listener.row(rows[path])
 
     def decode_with(self, paths: Iterable[str]) -> Decoded:
@@ -195,16 +173,22 @@ class Diagnosis:
 
     def decode_switched(self, compiled: Sequence[CompiledUnit]) -> Decoded:
         """The image with these units' compiled calls in place of their own."""
-        try:
-            with switched(compiled), torch.no_grad():
-                image = self._decode()
-        except Exception as error:  # noqa: BLE001  (whatever compiled code raises is its verdict)
-            status = Status.RUNTIME_ERROR
-            words = " ".join(str(error).split())[:500]
-            facts: dict[str, Any] = {"mean": None, "std": None, "blank": None, "psnr": None}
-            facts["error"] = {"kind": type(error).__name__, "message": words}
-            return Decoded(None, Verdict(status, words=words), facts)
-        return Decoded(image, judge(self.survey.image, image, None, self.blank_std), self.image_facts(image))
+        with switched(compiled) as runs:
+            try:
+                with torch.no_grad():
+                    image = self._decode()
+            except Exception as error:  # noqa: BLE001  (whatever compiled code raises is its verdict)
+                return failed(error, runs, lambda raised: failure_of(raised, self.subject.latent))
+        verdict, notes = self.images.verdict(image, runs)
+        return Decoded(image, verdict, self.image_facts(image), runs, error_in_words(verdict), notes)
+
+    def costs(self) -> dict[str, Any]:
+        """Decodes and compiled graphs so far, and what images were judged by."""
+        return {
+            "decodes": self.decodes + self.images.decodes,
+            "compiled_graphs": len(self.ledger.graphs),
+            "image_reference": self.images.facts(),
+        }
 
     def image_facts(self, image: Tensor) -> dict[str, Any]:
         """Mean, std, blank and PSNR (dB, peak 1, against the eager image) of an image clamped to [0, 1]."""
@@ -212,42 +196,48 @@ class Diagnosis:
         same_shape = shown.shape == reference.shape
         error = float((shown - reference).square().mean()) if same_shape else float("nan")
         return {
-            "mean": float(shown.mean()),
-            "std": float(shown.std(correction=0)),
+            "mean": json_number(float(shown.mean())),
+            "std": json_number(float(shown.std(correction=0))),
             "blank": is_blank(shown, self.blank_std),
             "psnr": float(-10 * torch.tensor(error).log10()) if error > 0 else None,
         }
 
-    def interactions(self, rows: Sequence[Row]) -> list[list[str]]:
-        """Sets of leaf units that are right alone and wrong together, of those whose rows are OK."""
+    def interactions(self, rows: Sequence[Row], before: Callable[[], None] = lambda: None) -> list[list[str]]:
+        """Sets of leaf units that are right alone and wrong together, of those whose rows are OK.
+
+        None is looked for where the eager image is not finite: every image would differ from it. `before` is called in
+        front of each decode.
+        """
+        if self.overflows:
+            return []
         right = {row["path"] for row in rows if row["status"] == Status.OK.value}
         leaves = [path for path in self.survey.order if path in right and self.units[path].leaf]
         compiled = {path: self.compiled(path) for path in leaves}
 
         def fails(paths: Sequence[str]) -> bool:
+            before()
             return self.decode_switched([compiled[path] for path in paths]).is_bad
 
         return all_smallest_failing(leaves, fails)
 
-    def compile_except(self, excluded: Sequence[str]) -> list[tuple[str, list[str], Decoded]]:
-        """(name, paths that stay eager, what came out) of `combined`, one `excluded.PATH` each, and `interaction`.
+    def exclusions(self, excluded: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+        """(name, paths that stay eager, units to compile) of `combined`, one `excluded.PATH` each, and `interaction`.
 
         combined: all but the excluded is compiled. excluded.PATH: PATH is compiled too, the others still are not: what
         it does by itself. interaction: nothing is excluded.
         """
-        sets = {"combined": list(excluded)}
-        sets |= {f"excluded.{path}": [other for other in excluded if other != path] for path in excluded}
-        sets["interaction"] = []
-        results = []
-        for name, eager in sets.items():
-            chosen = covering(list(self.units.values()), eager)
-            if name.startswith("excluded."):
-                # the path as a unit of its own beside the rest, so that only it differs from `combined`
-                own = name.removeprefix("excluded.")
-                chosen = [*covering(list(self.units.values()), excluded), *self._own_units(own)]
-            called = [unit.path for unit in chosen if unit.path in self.survey.calls]
-            results.append((name, eager, self.decode_with(called)))
-        return results
+        units = list(self.units.values())
+        rest = covering(units, excluded)
+        sets = [("combined", list(excluded), rest)]
+        for path in excluded:
+            # the path as a unit of its own beside the rest, so that only it differs from `combined`
+            others = [other for other in excluded if other != path]
+            sets.append((f"excluded.{path}", others, [*rest, *self._own_units(path)]))
+        sets.append(("interaction", [], covering(units, [])))
+        return [
+            (name, eager, [unit.path for unit in chosen if unit.path in self.survey.calls])
+            for name, eager, chosen in sets
+        ]
 
     def _own_units(self, path: str) -> list[Unit]:
         """A unit, or a container's members."""

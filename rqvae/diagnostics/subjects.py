@@ -61,6 +61,7 @@ class Subject:
         decode: latent -> (B, 3, H, W) in [0, 1], not clamped.
         words: what it is, in one line, random weights said plainly.
         facts: what else a reader must know, for the config in metrics.json.
+        model: the module whose weights `decode` uses; None is `root`.
     """
 
     root: nn.Module
@@ -69,6 +70,7 @@ class Subject:
     decode: Callable[[Tensor], Tensor]
     words: str
     facts: dict[str, Any] = field(default_factory=dict)
+    model: nn.Module | None = None
 
     def decoding(self) -> Decode:
         """The decode of the latent, without arguments."""
@@ -168,7 +170,7 @@ def _of_vae(vae: Any, latent: Tensor, words: str, root: str, facts: dict[str, An
     def decode(z: Tensor) -> Tensor:
         return (vae.decode(z, return_dict=False)[0] + 1) / 2
 
-    return Subject(decoder, path, latent, decode, words, facts or {})
+    return Subject(decoder, path, latent, decode, words, facts or {}, vae)
 
 
 class _LatentReached(BaseException):

@@ -29,6 +29,7 @@ class Survey:
         peaks: path -> largest |output|.
         nonfinite: path -> whether its inputs were finite; the units whose eager output is not finite.
         mutating: paths of units that change an input in place.
+        passing: paths of units that return an input as it is at every call (`nn.Identity`): nothing to compile.
     """
 
     image: Tensor
@@ -38,6 +39,19 @@ class Survey:
     peaks: dict[str, float] = field(default_factory=dict)
     nonfinite: dict[str, bool] = field(default_factory=dict)
     mutating: set[str] = field(default_factory=set)
+    passing: set[str] = field(default_factory=set)
+
+    def add(self, path: str, signature: str, mutated: bool, passed: bool) -> None:
+        """Note a call; `mutated`: it changed an input, `passed`: it returned one."""
+        if path not in self.calls:
+            self.order.append(path)
+            self.passing.add(path)
+        if mutated:
+            self.mutating.add(path)
+        if mutated or not passed:
+            self.passing.discard(path)
+        self.calls[path] = self.calls.get(path, 0) + 1
+        self.signatures.setdefault(path, []).append(signature)
 
     @property
     def first_nonfinite(self) -> str | None:
@@ -59,12 +73,9 @@ def survey(decode: Decode, units: Sequence[Unit]) -> Survey:
     def after(path: str) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
             versions, finite, signature = open_calls.pop()
-            if [tensor._version for tensor in tensors_of((arguments, keywords))] != versions:
-                seen.mutating.add(path)
-            if path not in seen.calls:
-                seen.order.append(path)
-            seen.calls[path] = seen.calls.get(path, 0) + 1
-            seen.signatures.setdefault(path, []).append(signature)
+            given = tensors_of((arguments, keywords))
+            mutated = [tensor._version for tensor in given] != versions
+            seen.add(path, signature, mutated, any(output is tensor for tensor in given))
             facts.append((path, finite, _finite(output), _peak(output)))
 
         return hook

@@ -49,6 +49,7 @@ def write_report(folder: Path, metrics: Mapping[str, Any], baseline: Path | None
     page = Page("Compile diagnostic", subtitle, footer)
     _answer(page, metrics, retest)
     _gallery(page, folder, config, rows)
+    _sets(page, folder, metrics)
     page.heading("Submodules")
     page.tree([_leaf(row) for row in rows], "Status of each submodule compiled by itself, on its own live input.")
     _plots(page, rows)
@@ -71,13 +72,14 @@ def _answer(page: Page, metrics: Mapping[str, Any], retest: str) -> None:
     page.heading("Answer")
     plan = summary.get("plan") or {}
     together = [" + ".join(found["paths"]) for found in summary["interactions"]]
+    not_searched = [f"{name} not searched: {why}" for name, why in summary.get("not_searched", {}).items()]
     cuts = [f"{cut['path']}: before {cut['before']}" for cut in summary["suggested_graph_breaks"]]
     number = plan.get("compile")
     units = f"{number} unit{'' if number == 1 else 's'}"
     compiled = f"{units} compiled in {plan.get('file')}; the image with it: {plan.get('status')}"
     answers = [
         ("Wrong by themselves", ", ".join(summary["culprits"]) or "none"),
-        ("Wrong only as a whole, or together", ", ".join(together) or "none"),
+        ("Wrong only as a whole, or together", ", ".join([*together, *not_searched]) or "none"),
         (
             "Cut their graphs",
             ", ".join(cuts) or "none found; --mode find_breaks looks for them" if together else "not needed",
@@ -107,8 +109,34 @@ def _gallery(page: Page, folder: Path, config: Mapping[str, Any], rows: Sequence
         sources[f"{row['path']} compiled"] = folder / row["image"]["file"]
         if row["image"].get("error_map"):
             sources[f"{row['path']} error x10"] = folder / row["image"]["error_map"]
+    without = [
+        (row["path"], row["status"], row["image"]["no_picture"])
+        for row in rows
+        if row["status"] not in ("CONTAINER", "NOT_EXERCISED") and (row["image"] or {}).get("no_picture")
+    ]
     more = f" {len(wrong) - _MOST_PICTURES} more are in images/." if len(wrong) > _MOST_PICTURES else ""
     page.gallery(sources, f"The eager image, and those with exactly one submodule compiled.{more}", 16, width=192)
+
+    if without:
+        page.table(["path", "status", "why"], without, "Submodules that are not OK and have no picture.")
+
+
+def _sets(page: Page, folder: Path, metrics: Mapping[str, Any]) -> None:
+    """What `--mode compile_except` found, by the set that stayed eager."""
+    sets = metrics["summary"].get("compile_except", {})
+    if not sets:
+        return
+    page.heading("All but some compiled")
+    names = ("path", "status", "role", "backend_calls")
+    for key, entry in sets.items():
+        cells = [[*(row[name] for name in names), ", ".join(row["notes"])] for row in entry["results"]]
+        page.table(
+            ["rows", "status", "role", "runs of compiled graphs", "notes"], cells, f"Excluded: {key or 'nothing'}."
+        )
+        shown = [row for row in entry["results"] if (row["image"] or {}).get("file")][:_MOST_PICTURES]
+        if shown:
+            pictures = {row["path"]: folder / row["image"]["file"] for row in shown}
+            page.gallery(pictures, f"With all but {key or 'nothing'} compiled.", 16, width=192)
 
 
 def _plots(page: Page, rows: Sequence[Row]) -> None:

@@ -22,21 +22,24 @@ from rqvae.diagnostics.compiled import CompiledUnit
 from rqvae.diagnostics.compilers import Compiler
 from rqvae.diagnostics.journal import Journal
 from rqvae.diagnostics.plan import CompilePlan, find_root
-from rqvae.diagnostics.rows import TIMING, Row, bad, blank_row
-from rqvae.diagnostics.session import Decoded, Diagnosis, Search
+from rqvae.diagnostics.rows import TIMING, Row, blank_row
+from rqvae.diagnostics.session import Diagnosis, Search
 from rqvae.diagnostics.subjects import LatentSource, Request, Subject
 from rqvae.diagnostics.summary import bad_paths, summarise
-from rqvae.diagnostics.units import ROOT, Filter, Unit, covering, parse_paths, select, walk
+from rqvae.diagnostics.units import Filter, Unit, covering, parse_paths, select, walk
 from rqvae.errors import BadInput
 from rqvae.models.interfaces import LabeledImageData, Stage1Encodings
 from rqvae.run import AnyRun
+from rqvae.trainers.diagnostic_except import Exclusions, beside
 from rqvae.trainers.diagnostic_files import DiagnosticFiles, Mirrors
+from rqvae.trainers.diagnostic_listener import DIED, DiagnosticListener
 from rqvae.trainers.evaluation_trainer import SplitWalk, load_stage1
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["single", "compile_except", "find_breaks"]
-_DIED = (Status.CRASHED.value, Status.TIMEOUT.value)
+_INTERACTIONS, _BREAKS, _PLAN = "<interactions>", "<breaks>", "<plan>"
+"""What a journal calls the searches that follow the units."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Stage1Source:
             return stage1.decode(Stage1Encodings(zs=z)).xs_recon
 
         words = f"{type(stage1).__name__} of {self._ckpt or 'its own weights'}, latents of the test split"
-        return Subject(root, path, latent, decode, words, {"stage1_sha256": weights})
+        return Subject(root, path, latent, decode, words, {"stage1_sha256": weights}, stage1)
 
 
 class VaeDiagnostic:
@@ -136,7 +139,7 @@ class VaeDiagnostic:
         self._source, self._request, self._compiler, self._settings = source, request, compiler, settings
         self.progress = progress
         self.files = DiagnosticFiles(settings.output)
-        self._total = 0
+        self.mode: Mode = "single" if settings.test_paths else settings.mode
 
     def _subject(self) -> Subject:
         """The subject, with the latent of an earlier call of the same request: the denoiser runs once."""
@@ -157,28 +160,43 @@ class VaeDiagnostic:
         nothing = torch.empty(0)  # in place of a latent, for which a denoiser would run
         subject = self._source.subject(self._request, nothing)
         units = walk(subject.root)
-        return units, self.files.write_submodules(units), subject.words
+        return units, self.files.write_submodules(units, subject.words), subject.words
 
     def execute(self) -> dict[str, Any]:
         """Run and write; returns metrics.json's content."""
         settings, subject = self._settings, self._subject()
         units = walk(subject.root)
-        self.files.write_submodules(units)
-        mode: Mode = "single" if settings.test_paths else settings.mode
-        paths, excluded = self._paths(units, mode)
-        config = self._config(subject, mode, excluded)
-        with Diagnosis(subject, self._compiler, settings.blank_std) as diagnosis:
-            config["reference"] = {
-                "file": self.files.picture("reference", diagnosis.survey.image),
-                **diagnosis.image_facts(diagnosis.survey.image),
-            }
-            if mode == "compile_except":
-                rows, summary = self._compile_except(diagnosis, excluded)
-            else:
-                rows, summary = self._single(diagnosis, paths, config, mode == "find_breaks")
-            summary |= {"decodes": diagnosis.decodes, "compiled_graphs": len(diagnosis.ledger.graphs)}
-        self.files.write_metrics(rows, summary, config)
-        return {"results": rows, "summary": summary, "config": config}
+        self.files.write_submodules(units, subject.words)
+        paths, excluded = self._paths(units, self.mode)
+        config = self._config(subject, self.mode, excluded)
+        earlier = self.files.read_metrics() if self.mode == "compile_except" else None
+        header = {key: value for key, value in config.items() if key != "threads"}
+        journal = Journal(self.files.folder / "journal.jsonl", header, settings.resume)
+        try:
+            with Diagnosis(subject, self._compiler, settings.blank_std) as diagnosis:
+                config["reference"] = {
+                    "file": self.files.picture("reference", diagnosis.survey.image),
+                    **diagnosis.image_facts(diagnosis.survey.image),
+                }
+                mirrors = Mirrors(self.files.folder, settings.tensorboard, settings.wandb, config, len(journal.rows))
+                listener = DiagnosticListener(
+                    journal, mirrors, config["reference"], settings.save_images, self.progress, len(paths)
+                )
+                if self.mode == "compile_except":
+                    sets = Exclusions(self.files, journal, listener, settings.save_images)
+                    rows, summary = sets.run(diagnosis, excluded)
+                else:
+                    rows, summary = self._single(diagnosis, paths, config, journal, listener)
+                summary |= diagnosis.costs() | {"logging_errors": mirrors.errors}
+            whole = {"results": rows, "summary": summary, "config": config}
+            if self.mode == "compile_except":
+                whole = beside(earlier, whole, excluded)
+            self.files.write_metrics(whole)
+            journal.finish()
+            mirrors.close(summary)
+        finally:
+            journal.close()
+        return whole
 
     def _paths(self, units: Sequence[Unit], mode: Mode) -> tuple[list[str], list[str]]:
         """What is tested by itself, and what compile_except leaves eager."""
@@ -218,64 +236,39 @@ class VaeDiagnostic:
         }
 
     def _single(
-        self, diagnosis: Diagnosis, paths: Sequence[str], config: dict[str, Any], cut: bool
+        self,
+        diagnosis: Diagnosis,
+        paths: Sequence[str],
+        config: dict[str, Any],
+        journal: Journal,
+        listener: DiagnosticListener,
     ) -> tuple[list[Row], dict[str, Any]]:
-        header = {key: value for key, value in config.items() if key not in ("reference", "threads")}
-        journal = Journal(self.files.folder / "journal.jsonl", header, self._settings.resume)
         if journal.goes_on and journal.rows:
             log.info("%s: going on, %d of %d units are known", journal.path, len(journal.rows), len(paths))
         order = list(diagnosis.units)
-        for path, status in journal.lost.items():
-            journal.rows[path] = blank_row(order.index(path), diagnosis.units[path], Status(status))
-        settings = self._settings
-        mirrors = Mirrors(self.files.folder, settings.tensorboard, settings.wandb, config, len(journal.rows))
-        self._total = len(paths)
-        listener = _Listener(journal, mirrors, config["reference"], settings.save_images, self.progress, self._total)
-        try:
-            rows = diagnosis.single(paths, dict(journal.rows), settings.search, listener)
-            for row in rows:
-                self._pictures(diagnosis, row, listener, config["reference"])
-            sets = [] if settings.search == "naive" else diagnosis.interactions(rows)
-            cuts = diagnosis.find_breaks(rows) if cut else ([], [])
-            summary = summarise(rows, [{"paths": s, "status": "together"} for s in sets], [vars(c) for c in cuts[0]])
-            summary["tried_graph_breaks"] = [vars(c) for c in cuts[1]]
-            summary["plan"] = self._plan(diagnosis, rows, sets, cuts[0], config)
-            self.files.write_bad_paths([*bad_paths(rows), *(paths_[0] for paths_ in sets)], config["subject"])
-            summary["logging_errors"] = mirrors.errors
-            journal.finish()
-            mirrors.close(summary)
-        finally:
-            journal.close()
-        return rows, summary
-
-    def _pictures(self, diagnosis: Diagnosis, row: Row, listener: _Listener, reference: dict[str, Any]) -> None:
-        """The image with exactly this unit compiled, where it is wanted and not there from an earlier call."""
-        done = row.get("image") is not None and ("file" in row["image"] or "source" in row["image"])
-        if done or not listener.decodes(row):
-            return
-        listener.begin(row["path"])
-        decoded: Decoded = diagnosis.decode_with([row["path"]])
-        row["image"] = dict(decoded.facts)
-        if decoded.image is not None:
-            row["image"] |= self.files.unit_pictures(row, decoded.image, diagnosis.survey.image)
-        row["image"] |= {"source": "decoded", "status": decoded.verdict.status.value, "reference": reference["file"]}
-        listener.complete(row)
-
-    def _compile_except(self, diagnosis: Diagnosis, excluded: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
-        """Rows combined, excluded.PATH and interaction, and the same by the set of exclusions."""
-        rows: list[Row] = []
-        for index, (name, eager, decoded) in enumerate(diagnosis.compile_except(excluded)):
-            row = blank_row(index, diagnosis.units[ROOT], decoded.verdict.status)
-            row |= {"path": name, "excluded": eager, "error": decoded.facts.pop("error", None), "image": decoded.facts}
-            if decoded.image is not None and (decoded.is_bad or self._settings.save_images):
-                row["image"] |= self.files.unit_pictures(row, decoded.image, diagnosis.survey.image)
-            rows.append(row)
-        alone = [row for row in rows if row["path"].startswith("excluded.")]
-        for row in (row for row in rows if bad(row)):
-            together = row["path"] == "interaction" and len(alone) > 1 and not any(map(bad, alone))
-            row["role"] = "interaction" if together else "culprit" if row in alone else "inherited"
-        summary = summarise(rows)
-        summary["compile_except"] = {",".join(excluded): {row["path"]: row["status"] for row in rows}}
+        for path, status in list(journal.lost.items()):
+            if path in diagnosis.units:
+                listener.row(blank_row(order.index(path), diagnosis.units[path], Status(status)))
+        search = self._settings.search
+        rows = diagnosis.single(paths, dict(journal.rows), search, listener)
+        for row in rows:
+            listener.picture(diagnosis, row, self.files)
+        without = {stage.strip("<>"): status for stage, status in journal.lost.items() if stage.startswith("<")}
+        without.pop("root", None)
+        if diagnosis.overflows:
+            without["interactions"] = f"{Status.EAGER_NONFINITE.value}, the eager image is not finite"
+        sets: list[list[str]] = []
+        if search != "naive" and "interactions" not in without:
+            sets = diagnosis.interactions(rows, lambda: journal.begin(_INTERACTIONS))
+        cuts: tuple[list[Cut], list[Cut]] = ([], [])
+        if self.mode == "find_breaks" and "breaks" not in without:
+            journal.begin(_BREAKS)
+            cuts = diagnosis.find_breaks(rows)
+        summary = summarise(rows, [{"paths": s, "status": "together"} for s in sets], [vars(c) for c in cuts[0]])
+        summary |= {"tried_graph_breaks": [vars(c) for c in cuts[1]], "not_searched": without}
+        journal.begin(_PLAN)
+        summary["plan"] = self._plan(diagnosis, rows, sets, cuts[0], config, without.get("plan"))
+        self.files.write_bad_paths([*bad_paths(rows), *(paths_[0] for paths_ in sets)], config["subject"])
         return rows, summary
 
     def _plan(
@@ -285,8 +278,9 @@ class VaeDiagnostic:
         sets: Sequence[Sequence[str]],
         cuts: Sequence[Cut],
         config: dict[str, Any],
+        died: str | None,
     ) -> dict[str, Any]:
-        """Write compile_plan.yaml, decode with it, and say what came of it."""
+        """Write compile_plan.yaml, decode with it unless that ended a process before, and say what came of it."""
         breaks = {cut.path: [cut.before] for cut in cuts}
         eager = [path for path in bad_paths(rows) if path not in breaks] + [found[0] for found in sets]
         units = list(diagnosis.units.values())
@@ -300,53 +294,15 @@ class VaeDiagnostic:
             CompiledUnit(diagnosis.units[path], self._compiler, diagnosis.ledger, self._request.device, before)
             for path, before in breaks.items()
         ]
-        died = any(row["status"] in _DIED for row in rows)  # what crashes a process is not tried again in this one
-        status = "not tried" if died else self._try(diagnosis, made)
-        return {"file": file.name, "compile": len(compiled), "breaks": breaks, "eager": eager, "status": status}
-
-    @staticmethod
-    def _try(diagnosis: Diagnosis, made: Sequence[CompiledUnit]) -> str:
-        return diagnosis.decode_switched(made).verdict.status.value
-
-
-class _Listener:
-    """Journal, mirrors and progress of one diagnosis."""
-
-    def __init__(
-        self,
-        journal: Journal,
-        mirrors: Mirrors,
-        reference: dict[str, Any],
-        every_image: bool,
-        progress: Callable[[str, int, int], None],
-        total: int,
-    ) -> None:
-        self._journal, self._mirrors, self._every_image = journal, mirrors, every_image
-        self._reference = {name: reference[name] for name in ("mean", "std", "blank")}
-        self._progress, self._total = progress, total
-
-    def decodes(self, row: Row) -> bool:
-        """Whether a row gets an image of its own: a bad one always, unless its code ends the process."""
-        if row["status"] in _DIED or not row["calls"]:
-            return False
-        return bad(row) or (self._every_image and row["status"] == Status.OK.value)
-
-    def begin(self, path: str) -> None:
-        self._progress(path, len(self._journal.rows), self._total)
-        self._journal.begin(path)
-
-    def row(self, row: Row) -> None:
-        if row["image"] is None and row["status"] == Status.OK.value and not self.decodes(row):
-            # its output agreed, so its image would be the reference up to that
-            row["image"] = {**self._reference, "psnr": None, "source": "reference"}
-        self._journal.row(row)
-        if not self.decodes(row):
-            self._mirrors.row(row)
-
-    def complete(self, row: Row) -> None:
-        """A row whose image is there now."""
-        self._journal.row(row)
-        self._mirrors.row(row)
+        said = {"file": file.name, "compile": len(compiled), "breaks": breaks, "eager": eager, "status": died}
+        if died is None and any(row["status"] in DIED for row in rows):
+            said["status"] = "not tried"  # what crashes a process is not tried again in this one
+        elif died is None and diagnosis.overflows:
+            said["status"] = Status.EAGER_NONFINITE.value
+        elif died is None:
+            decoded = diagnosis.decode_switched(made)
+            said |= {"status": decoded.verdict.status.value, "notes": decoded.notes, **decoded.counts()}
+        return said
 
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
