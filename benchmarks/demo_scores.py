@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path("runs/photos"))
     options = parser.parse_args()
     summary = json.loads((options.demo / "summary.json").read_text())
-    keys = ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "cpu_seconds", "seconds", "parts")
+    keys = ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "world", "cpu_seconds", "seconds", "parts")
     save("demo_scores", {"maze_chase": {k: summary[k] for k in keys}, "photos": photos(options.photos)})
 
 
