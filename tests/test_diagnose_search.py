@@ -26,13 +26,15 @@ KINDS = ("nan", "flip", "noise", "blank", "constant", "swap")
 
 class Conspiring(FaultyCompiler):
     """Each module's compiled code is right unless that of all of a set has run in the same decode: then the output of
-    the last of them is wrong. The set can change without compiling again."""
+    the last of them is wrong, once: two flips in a row, around what works on each element alone, would be right again.
+    The set can change without compiling again."""
 
     def __init__(self) -> None:
         super().__init__(inner="eager")
         self.culprits: frozenset[str] = frozenset()
         self.kind = KINDS[0]
         self.ran: set[str] = set()
+        self.wrong = False
         self._own: dict[str, GraphCompiler] = {}
 
     def graph_compiler(self, path: str) -> GraphCompiler:
@@ -46,7 +48,10 @@ class Conspiring(FaultyCompiler):
             if path not in self.culprits:
                 return output
             self.ran.add(path)
-            return tuple(EDITS[self.kind](o) for o in output) if self.ran >= self.culprits else output
+            if self.wrong or not self.ran >= self.culprits:
+                return output
+            self.wrong = True
+            return tuple(EDITS[self.kind](o) for o in output)
 
         return call
 
@@ -70,6 +75,7 @@ def compiled() -> Iterator[Compiled]:
 
     def fresh(z: Tensor) -> Tensor:
         compiler.ran.clear()
+        compiler.wrong = False
         return decode(z)
 
     subject.decode = fresh
