@@ -92,7 +92,11 @@ def compiled() -> Iterator[Compiled]:
 def test_drawn_sets_are_found_exactly_in_few_decodes_and_nothing_is_compiled(
     size: int, most: int, compiled: Compiled, record_property: Callable[[str, object], None]
 ) -> None:
-    """50 sets, drawn anew at each call; `fail_on_recompile` makes torch refuse to compile."""
+    """50 sets, drawn anew at each call; `fail_on_recompile` makes torch refuse to compile.
+
+    A set whose fault the image does not show is drawn again: noise of 1 % on the values of a nearly uniform attention
+    moves the image by 4.5e-5, half of what is called wrong.
+    """
     diagnosis, compiler, draw = compiled.diagnosis, compiled.compiler, random.Random()
     made, torchs = len(diagnosis.ledger.graphs), dict(counters["stats"])
     units = {path: diagnosis.compiled(path) for path in compiled.leaves}
@@ -100,18 +104,21 @@ def test_drawn_sets_are_found_exactly_in_few_decodes_and_nothing_is_compiled(
     def fails(paths: Sequence[str]) -> bool:
         return diagnosis.decode_switched([units[path] for path in paths]).is_bad
 
-    exact, decodes = 0, []
+    exact, decodes, unseen = 0, [], 0
     with torch.compiler.set_stance("fail_on_recompile"):
         for _ in range(50):
-            compiler.culprits, compiler.kind = frozenset(draw.sample(compiled.leaves, size)), draw.choice(KINDS)
-            before = diagnosis.decodes
-            assert fails(compiled.leaves), (compiler.culprits, compiler.kind)
+            before = -1
+            while before < 0 or not fails(compiled.leaves):
+                unseen += before >= 0
+                compiler.culprits, compiler.kind = frozenset(draw.sample(compiled.leaves, size)), draw.choice(KINDS)
+                before = diagnosis.decodes
             found = smallest_failing(compiled.leaves, fails)
             decodes.append(diagnosis.decodes - before)
             exact += set(found) == compiler.culprits
     compiler.culprits = frozenset()
     record_property("decodes", f"mean {sum(decodes) / 50:.1f}, most {max(decodes)}; exact {exact} of 50")
     print(f"{size} of {LEAVES}: decodes mean {sum(decodes) / 50:.1f}, most {max(decodes)}; exact {exact} of 50")
+    assert unseen <= 5
     assert max(decodes) <= most
     assert exact >= 48
     assert len(diagnosis.ledger.graphs) == made
