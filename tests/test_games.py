@@ -442,19 +442,6 @@ def test_collect_bad_input(tmp_path: Path) -> None:
         collect("maze-chase", 10, 32, tmp_path)
 
 
-def test_speed_is_printed(tmp_path: Path) -> None:
-    game, policy = MazeChase(seed=0), PersistentRandom(5, 0)
-    start, steps = time.perf_counter(), 3000
-    for k in range(steps):
-        _, _, terminated, truncated = game.step(policy.act(game))
-        if terminated or truncated:
-            game.reset(k)
-    middle = time.perf_counter()
-    collect("maze-chase", 3000, 32, tmp_path)
-    end = time.perf_counter()
-    print(f"steps/s {steps / (middle - start):.0f}, recorded frames/s {3000 / (end - middle):.0f}")
-
-
 def test_a_recording_may_end_where_an_episode_ends(tmp_path: Path) -> None:
     """`last_episode_complete` is then true, a plain bool that JSON can hold."""
     whole = collect("maze-chase", 400, 32, tmp_path / "whole")

@@ -101,6 +101,9 @@ def test_nothing_is_read_in_a_step(name: str) -> None:
         for micros in steps:
             trainer.optimise(micros)
             trainer.clock.tick()
+        with pytest.raises(AssertionError):  # the watch itself works
+            next(trainer.updates[0].module.parameters()).sum().item()
+    assert trainer.clock.step == len(steps)
 
 
 def test_a_run_that_is_watched_and_replayed(tmp_path: Path, cli, capfd) -> None:
