@@ -31,11 +31,15 @@ class Session:
         folder: the run's folder.
         lock: held by rank 0; None on other ranks.
         check_seconds: how often the ranks agree.
+
+    Attributes:
+        signal: number of the one that all ranks stop for; 0 before they have agreed on it.
     """
 
     def __init__(self, folder: Path, lock: RunLock | None, check_seconds: float) -> None:
         self.folder, self._lock, self._every = folder, lock, check_seconds
         self.signal = 0
+        self._received = 0
         self.granted: Wish | None = None
         self._asked: dict[Wish, str] = {}
         self._stack = contextlib.ExitStack()
@@ -52,7 +56,7 @@ class Session:
 
     def _caught(self, number: int) -> None:
         # A second signal changes nothing: it does not interrupt the checkpoint that the first one asked for.
-        self.signal = self.signal or number
+        self._received = self._received or number
 
     def ask(self, what: Wish, why: str) -> None:
         """What the ranks are to do when they have agreed on it; the first reason stays."""
@@ -77,7 +81,7 @@ class Session:
             raise RunFailed(f"{self.folder}: another process trains in this folder since this one was silent for long")
         wish = max((_WISHES.index(what) for what in self._asked), default=0)
         if backend.world_size == 1:
-            self.granted = _WISHES[wish]
+            self.granted, self.signal = _WISHES[wish], self._received
             return bool(self.signal)
         if self._steps < self._next_check:
             self._steps += 1
@@ -85,9 +89,9 @@ class Session:
         seconds = max(1e-3, time.monotonic() - self._since)
         steps = min(1000.0, max(1.0, self._steps * self._every / seconds))
         # the slowest rank decides on the number of steps: max of (signal, -steps, wish)
-        mine = torch.tensor([float(self.signal), -steps, float(wish)], device=backend.device)
+        mine = torch.tensor([float(self._received), -steps, float(wish)], device=backend.device)
         votes = backend.all_reduce(mine, "max").tolist()
         self.granted = _WISHES[int(votes[2])]
         self._steps, self._next_check, self._since = 0, max(1, int(-votes[1])), time.monotonic()
-        self.signal = int(votes[0])
+        self.signal = int(votes[0])  # one that was received while this waited is in the next vote
         return bool(self.signal)
