@@ -7,6 +7,7 @@ training step of ours. Nothing is left in inductor's cache from an earlier run.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -96,6 +97,9 @@ def diagnose(folder: Path, output: Path, compiler: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run and save."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=Path, help="folder for the six reports, to look at; else they go")
+    keep = parser.parse_args().keep
     torch.set_num_threads(1)
     figures: dict[str, Any] = {compiler: {} for compiler in COMPILERS}
     with tempfile.TemporaryDirectory() as temporary:
@@ -108,7 +112,8 @@ def main() -> None:
         }
         for compiler in COMPILERS:
             for name, folder in subjects.items():
-                figures[compiler][name] = diagnose(folder, work / f"{compiler}_{name}", compiler)
+                output = (keep or work) / f"{compiler}_{name}"
+                figures[compiler][name] = diagnose(folder, output, compiler)
     save("vae_diagnostic_runs", figures)
 
 

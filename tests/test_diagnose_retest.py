@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from rqvae.commands import diagnose as command
@@ -231,7 +232,11 @@ def test_after_overflow_the_plan_and_the_pictures_say_so_too(tmp_path: Path) -> 
         ("EAGER_NONFINITE", "culprit"),
         ("EAGER_NONFINITE", "inherited"),
     ]
-    assert "eager output is not finite" in rows["conv_out"]["image"]["no_picture"]
+    for path in ("up_blocks.1.resnets.1.conv2", "conv_out"):
+        image = rows[path]["image"]
+        assert (image["status"], image["mean"]) == ("EAGER_NONFINITE", "nan")
+        with Image.open(tmp_path / image["error_map"]) as error_map:
+            assert error_map.getextrema() == ((255, 255),) * 3, "no pixel of it is a finite number"
     assert summary["not_searched"] == {"interactions": "EAGER_NONFINITE, the eager image is not finite"}
     assert (summary["plan"]["status"], summary["interactions"]) == ("EAGER_NONFINITE", [])
     assert metrics(tmp_path)["config"]["reference"]["mean"] == "nan"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rqvae.diagnostics.compare import Status
-from rqvae.diagnostics.rows import FIGURES, TIMING, Row
+from rqvae.diagnostics.rows import FIGURES, TIMING, Row, bad
 from rqvae.diagnostics.units import Unit, tree_json, tree_text
 from rqvae.errors import BadInput
 from rqvae.files import replacing, write_whole
@@ -95,22 +95,26 @@ class DiagnosticFiles:
                 writer.writerow([*cells, *values, error.get("message"), key, whole["config"]["subject"]])
 
     def picture(self, name: str, images: Tensor) -> str:
-        """Write (B, 3, H, W) in [0, 1] side by side as images/NAME.png; returns the path within the folder."""
+        """Write (B, 3, H, W) in [0, 1] side by side as images/NAME.png; returns the path within the folder.
+
+        NaN is black, as PNG has none: the row's status and figures tell of it.
+        """
         file = self.folder / "images" / f"{name}.png"
         pixels = as_pictures(images.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1))
         Image.fromarray(image_grid(pixels, columns=len(pixels))).save(file)
         return f"images/{file.name}"
 
     def unit_pictures(self, row: Row, image: Tensor, reference: Tensor, group: str = "") -> dict[str, str]:
-        """The image with one unit compiled, and ten times its error.
+        """The image with one unit compiled, and ten times its error, which is white where it is not finite.
 
         The index keeps names apart (`a.b` and `a_b`), and so does the name of a group of rows with indices of its own.
         """
         stem = f"{group}{row['index']:03d}_{re.sub(r'[^A-Za-z0-9-]+', '_', row['path'])}"
-        kind = row["status"] if row["status"] in (Status.OK.value, Status.BLANK.value) else "BAD"
+        kind = "BAD" if bad(row) and row["status"] != Status.BLANK.value else row["status"]
         named = {"file": self.picture(f"{stem}_{kind}", image)}
         if image.shape == reference.shape:
-            named["error_map"] = self.picture(f"{stem}_error_x{ERROR_GAIN}", (image - reference).abs() * ERROR_GAIN)
+            error = (image - reference).abs() * ERROR_GAIN
+            named["error_map"] = self.picture(f"{stem}_error_x{ERROR_GAIN}", error.where(error.isfinite(), 1.0))
         return named
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rqvae.diagnostics.compare import Status
 from rqvae.diagnostics.images import Decoded
 from rqvae.diagnostics.journal import Journal
-from rqvae.diagnostics.rows import Row, bad
+from rqvae.diagnostics.rows import Row
 from rqvae.diagnostics.session import Diagnosis
 from rqvae.trainers.diagnostic_files import DiagnosticFiles, Mirrors
 
@@ -16,8 +16,6 @@ DIED = (Status.CRASHED.value, Status.TIMEOUT.value)
 _WHY_NO_PICTURE = {
     Status.CRASHED: "its code ends the process",
     Status.TIMEOUT: "its code does not end",
-    Status.EAGER_FALLBACK: "no compiled code of it ran, so that its picture would be the eager one",
-    Status.EAGER_NONFINITE: "its eager output is not finite, so that a picture would say nothing about the compiler",
     Status.NOT_EXERCISED: "it was not tested",
     Status.CONTAINER: "it only holds modules",
 }
@@ -49,10 +47,10 @@ class DiagnosticListener:
         self._progress, self._total = progress, total
 
     def decodes(self, row: Row) -> bool:
-        """Whether a row gets an image of its own: a bad one always, unless its code ends the process."""
-        if row["status"] in DIED or not row["calls"]:
-            return False
-        return bad(row) or (self._every_image and row["status"] == Status.OK.value)
+        """Whether a row gets an image of its own: always where it is not OK, unless its code ends the process."""
+        if row["status"] == Status.OK.value:
+            return self._every_image and bool(row["calls"])
+        return row["status"] not in _WHY_NO_PICTURE
 
     def begin(self, path: str) -> None:
         """A unit is about to be compiled, or decoded with."""
