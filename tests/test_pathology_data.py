@@ -134,6 +134,47 @@ def test_the_split_has_the_same_mix_of_classes() -> None:
         assert abs(share - 0.1) < 0.01, (k, share)
 
 
+def of_the_original() -> torch.Tensor:
+    """(90726, 5) bool: labelled images with the class counts of DiffInfinite's skin data, drawn at random."""
+    rng, totals = np.random.default_rng(0), (64877, 64491, 42494, 40548, 45956)
+    present = np.zeros((90726, 5), dtype=bool)
+    for k, total in enumerate(totals):
+        present[rng.choice(len(present), total, replace=False), k] = True
+    for empty in (~present.any(1)).nonzero()[0]:  # each labelled image has a class: it takes over one of another
+        donor = rng.choice((present.sum(1) > 1).nonzero()[0])
+        k = rng.choice(present[donor].nonzero()[0])
+        present[donor, k], present[empty, k] = False, True
+    return torch.from_numpy(present)
+
+
+def test_class_counts_of_the_original(caplog: pytest.LogCaptureFixture) -> None:
+    """Its log has train [58389, 58041, 38244, 36493, 41360] and test [6488, 6450, 4250, 4055, 4596]: an image counts in
+    each class that it contains, and nine tenths of each class's list train. A split by images is the same to 1 %."""
+    present = of_the_original()
+    totals = present.sum(0)
+    train = (totals * 9 // 10).tolist()
+    assert train == [58389, 58041, 38244, 36493, 41360]
+    assert (totals - totals * 9 // 10).tolist() == [6488, 6450, 4250, 4055, 4596]
+    groups = {f"{i:05d}": [frozenset(row.nonzero().flatten().tolist())] for i, row in enumerate(present)}
+    test = torch.tensor([int(name) for name in held_out(groups, 0.1, "test")])
+    kept = torch.ones(len(present), dtype=torch.bool)
+    kept[test] = False
+    assert present[kept].sum(0).tolist() == pytest.approx(train, rel=0.01)
+    assert present[test].sum(0).tolist() == pytest.approx([6488, 6450, 4250, 4055, 4596], rel=0.01)
+    tissue = ProceduralTissue("train", size=32)
+    with caplog.at_level("INFO"):
+        tissue._take(present[kept])
+    assert f"train: {int(kept.sum())} images, 0 unlabelled, class counts {present[kept].sum(0).tolist()}" in caplog.text
+
+
+def test_unconditional_draws_of_the_original() -> None:
+    """ "Class size: 214413" in its log: the images of class 0 and the 156,024 unlabelled ones."""
+    present = torch.zeros(58389 + 58041 + 156024, 5, dtype=torch.bool)
+    present[:58389, 0] = True
+    present[58389 : 58389 + 58041, 1:] = True
+    assert len(ClassDraws(present, 0.5).unconditional) == 214413
+
+
 def test_a_split_that_gets_no_image_is_refused(tmp_path: Path) -> None:
     for i in range(3):
         write_pair(tmp_path / "labelled", f"{i}", np.full((SIDE, SIDE), 1, np.uint8), i)

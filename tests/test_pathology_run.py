@@ -72,7 +72,7 @@ def test_short_test_says_what_went_through(tmp_path: Path, cli, capfd) -> None:
     assert [line["step"] for line in found] == sorted(line["step"] for line in found)
     for step in (1, 2):
         stages = [line["stage"] for line in found if line["step"] == step]
-        assert stages == ["image"] * 4 + ["embedding"] * 3 + ["diffusion", "loss"]
+        assert stages == ["loaded"] * 4 + ["image"] * 4 + ["embedding"] * 3 + ["diffusion", "loss"]
     console = [line.partition(" debug ")[2] for line in errors.splitlines() if "rqvae.callbacks.trace" in line]
     assert [json.loads(message) for message in console] == found
     images = [line for line in found if line["stage"] == "image"]
@@ -82,6 +82,16 @@ def test_short_test_says_what_went_through(tmp_path: Path, cli, capfd) -> None:
         assert 0 <= img["range"][0] < img["mean"] < img["range"][1] <= 1
         assert (mask["shape"], mask["dtype"], sum(mask["counts"])) == ([32, 32], "int64", 1024)
         assert line["has_mask"] == (mask["unique"] != [5])
+    files = [line for line in found if line["stage"] == "loaded"]
+    for file, line in zip(files, images, strict=True):
+        img, mask = file["img"], file["mask"]
+        assert (file["sample_id"], img["shape"], img["dtype"]) == (line["sample_id"], [32, 32, 3], "uint8")
+        assert [img["range"][0] / 255, img["range"][1] / 255] == pytest.approx(line["img"]["range"]), "turned, not cut"
+        assert (mask["shape"], mask["dtype"]) == ([32, 32], "uint8")
+        assert (file["slot"] == 0) == (not line["has_mask"])
+        if file["slot"]:
+            assert file["slot"] - 1 in mask["unique"], "an image of the class that was drawn"
+            assert (mask["unique"], mask["counts"]) == (line["mask"]["unique"], line["mask"]["counts"])
     embedding = next(line for line in found if line.get("class") == "MaskDistributionEmbedding")
     assert (embedding["table"], embedding["output"]["shape"]) == ([6, 64], [4, 64])
     for shares, line in zip(embedding["class_distribution"], images[:4], strict=True):

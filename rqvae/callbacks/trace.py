@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rqvae.callbacks.interfaces import Observer, RunView
-from rqvae.img_datasets.interfaces import LabeledImageData, MaskCondition
+from rqvae.img_datasets.interfaces import LabeledImageData, LabeledImageDatasetWrapper, MaskCondition
+from rqvae.img_datasets.pathology import MaskDataset
 from rqvae.models.interfaces import Stage2ModelOutput
 from rqvae.models.layers.embeddings import TimestepEmbedding
 from rqvae.models.layers.mask_embedding import (
@@ -51,15 +52,18 @@ def facts_of(x: Tensor) -> dict[str, Any]:
 class Trace(Observer):
     """Writes RUN/debug.jsonl and the console: of each step one line a stage, on rank 0.
 
-    The stages of a step are `image` (one a sample, with its mask), `embedding` (one a module that embeds time or
+    The stages of a step are `loaded` (one a sample: as it is in its file, which is read once more, image (H, W, 3) and
+    mask, and the draw that chose it: slot 0 is the unconditional one), `image` (one a sample as the generator gets it,
+    with its mask), `embedding` (one a module that embeds time or
     condition), `diffusion` (latent, times, prediction, target) and `loss`. Forward passes of sampling are left out.
 
     Args:
         stage2: the bare generator.
+        stream: training's, opened.
     """
 
-    def __init__(self, stage2: nn.Module) -> None:
-        self.stage2 = stage2
+    def __init__(self, stage2: nn.Module, stream: LabeledImageDatasetWrapper) -> None:
+        self.stage2, self.stream = stage2, stream
         self._hooks: list[RemovableHandle] = []
         self._file: Path | None = None
         self._step = 0
@@ -78,6 +82,8 @@ class Trace(Observer):
             return
         self._step = run.clock.step + 1
         for micro in micros:
+            for position in [] if micro.sample_id is None else micro.sample_id.tolist():
+                self._emit("loaded", self._file_facts(position))
             for i in range(len(micro)):
                 self._emit("image", _sample_facts(micro, i))
 
@@ -89,6 +95,20 @@ class Trace(Observer):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._file = [], None
+
+    def _file_facts(self, position: int) -> dict[str, Any]:
+        """What the dataset has at this position of the stream, before transforms."""
+        epoch, k = divmod(position, len(self.stream))
+        index, dataset = self.stream.index(position), self.stream.dataset
+        stored = dataset[index]
+        facts: dict[str, Any] = {"sample_id": position, "index": index, "path": stored.img_path}
+        if isinstance(dataset, MaskDataset) and (slots := dataset.slots(self.stream.seed, epoch)) is not None:
+            facts["slot"] = int(slots[k])
+        if stored.img is not None:
+            facts["img"] = facts_of(stored.img.movedim(0, -1))
+        if isinstance(stored.condition, MaskCondition):
+            facts["mask"] = facts_of(stored.condition.mask.to(torch.uint8))
+        return facts
 
     def _after_embedding(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:

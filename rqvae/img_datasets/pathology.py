@@ -84,7 +84,12 @@ class MaskDataset(LabeledImageDataset):
 
     def dropped(self, seed: int, epoch: int) -> Tensor | None:
         """(N,) bool, the unconditional draws; None without `p_cond`."""
-        return None if self.p_cond is None else self._draws(self.p_cond).draw(seed, epoch)[0] == 0
+        slots = self.slots(seed, epoch)
+        return None if slots is None else slots == 0
+
+    def slots(self, seed: int, epoch: int) -> Tensor | None:
+        """(N,) int64, what each draw was for: 0 is unconditional, k > 0 the k-th class; None without `p_cond`."""
+        return None if self.p_cond is None else self._draws(self.p_cond).draw(seed, epoch)[0]
 
     def labelled_images(self) -> Tensor:
         """(n,) int64, the images that have a mask."""

@@ -20,7 +20,7 @@ from rqvae.callbacks.pictures import Films
 from rqvae.callbacks.trace import Trace
 from rqvae.durations import Duration
 from rqvae.errors import BadInput
-from rqvae.img_datasets.interfaces import DataSpec, LabeledImageData
+from rqvae.img_datasets.interfaces import DataSpec, LabeledImageData, LabeledImageDatasetWrapper
 from rqvae.img_datasets.latent_cache import LatentCache
 from rqvae.metrics.grids import image_grid
 from rqvae.models.connectors.statistics import ChannelStatistics
@@ -130,7 +130,7 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
 
 def _companions(run: Stage2Run, two_stage: TwoStage, val: SplitWalk, ema: Sequence[EMA]) -> list[Observer]:
     """The trace where it is asked for, the pictures of masks and the films of dreams where the data have them."""
-    found: list[Observer] = [Trace(two_stage.stage2)] if run.debug else []
+    found: list[Observer] = [_trace(run, two_stage)] if run.debug else []
     dataset, settings = run.data.make("val")[0], run.pictures
     if settings.every and dataset.spec.num_mask_classes:
         found += mask_pictures(val, settings.images, settings.every)
@@ -138,6 +138,12 @@ def _companions(run: Stage2Run, two_stage: TwoStage, val: SplitWalk, ema: Sequen
         film = dream_film(two_stage, val, dataset.spec, settings.frames, run.train.seed, settings.vis_sampler)
         found.append(Films("rollout", Duration.parse(settings.every), lambda: evaluated(two_stage.stage2, ema), film))
     return found
+
+
+def _trace(run: Stage2Run, two_stage: TwoStage) -> Observer:
+    dataset, transform = run.data.make("train")
+    dataset.open()
+    return Trace(two_stage.stage2, LabeledImageDatasetWrapper(dataset, transform, {}, run.train.seed, shuffle=True))
 
 
 def load_two_stage(run: Stage2Run, path: Path, weights: str | None = None) -> TwoStage:
