@@ -1,13 +1,16 @@
-"""Files of weights that others publish: fetched once, checked by sha256, read without running code. A leaf."""
+"""Files of weights: those that others publish, fetched once, checked by sha256 and read without running code, and our
+own. A leaf."""
 
 from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from rqvae.errors import BadInput
@@ -92,3 +95,24 @@ class WeightFile:
         if not isinstance(state, dict):
             raise BadInput(f"{self.key}: {path}: expected a state dict of tensors, got {type(state).__name__}")
         return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other new file.
+
+    `safetensors` 0.8 writes to a temporary file first, which only its owner may read, and leaves it so: nobody else on
+    a cluster could load a checkpoint.
+
+    Args:
+        tensors: contiguous, on the host, no two of them sharing memory.
+        path: where to; an existing file is replaced.
+        metadata: for the file's header.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    path.chmod(mode)

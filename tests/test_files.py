@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from rqvae.errors import BadInput
 from rqvae.files import file_sha256, read_json, replacing, write_json, write_whole
+from rqvae.weight_files import write_tensors
 
 
 def test_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -55,3 +59,17 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
     found = json.loads(path.read_text(), parse_constant=refuse)
     assert found == {"psnr": None, "rows": [1.5, [None, "NaN"]], "more": {"kl": None, "n": 3, "x": None}}
+
+
+def test_tensors_are_readable_like_any_other_new_file(tmp_path: Path) -> None:
+    """Anew and in the place of one; by group and others as the umask says."""
+    before = os.umask(0o027)
+    try:
+        other, weights = tmp_path / "other", tmp_path / "weights.safetensors"
+        other.touch()
+        for value in (1.0, 2.0):
+            write_tensors({"x": torch.full((2,), value)}, weights, {"format": "pt"})
+            assert weights.stat().st_mode == other.stat().st_mode
+            assert load_file(weights)["x"].tolist() == [value, value]
+    finally:
+        os.umask(before)

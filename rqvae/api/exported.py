@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from safetensors.torch import save_file
 from torch import nn
 
 from rqvae.configuration import build
@@ -30,6 +29,7 @@ from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import kept
 from rqvae.trainers import checkpoint
 from rqvae.trainers.run_folder import check_can_write, make_folder
+from rqvae.weight_files import write_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT, VERSION = "mae-dit", 1
@@ -106,7 +106,7 @@ def write(folder: Path, description: Description, stage1: Stage1Model, two_stage
         (folder / name).mkdir()
         # copies: safetensors refuses tensors that share memory, as tied weights do
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-        save_file(tensors, folder / name / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(tensors, folder / name / WEIGHTS, metadata={"format": "pt"})
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
         "format": FORMAT,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from rqvae.backends import shard_files
@@ -26,6 +26,7 @@ from rqvae.backends.sharded import split_like
 from rqvae.errors import BadInput, RunFailed
 from rqvae.files import file_sha256
 from rqvae.shards import is_sharded
+from rqvae.weight_files import write_tensors
 
 Tensors = Mapping[str, Tensor]
 Like = Callable[[str], "Tensor | None"]
@@ -125,7 +126,7 @@ def save(
             file.parent.mkdir(parents=True, exist_ok=True)
             # copies: safetensors refuses tensors that share memory, as tied weights do
             own = dict(group) if copied else {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}
-            save_file(own, file)
+            write_tensors(own, file)
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         listing = {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in files}

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rqvae.errors import BadInput, RunFailed
@@ -19,6 +18,7 @@ from rqvae.img_datasets.latent_cache import named_tensors, select_variant
 from rqvae.models.connectors.statistics import ChannelStatistics
 from rqvae.models.interfaces import Stage1Model
 from rqvae.run import AnyRun, Stage1Run
+from rqvae.weight_files import write_tensors
 
 StorageType = Literal["float32", "bfloat16", "float16"]
 
@@ -141,7 +141,7 @@ class ShardWriter:
         assert m2 is not None, "it comes with the mean"
         try:
             file.with_suffix(".json").unlink(missing_ok=True)
-            save_file(tensors, file)
+            write_tensors(tensors, file)
             note = {
                 "file": file.name,
                 "samples": len(tensors["zs"]),

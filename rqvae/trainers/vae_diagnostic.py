@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rqvae.backends import Backend
@@ -34,6 +34,7 @@ from rqvae.trainers.diagnostic_except import Exclusions, beside
 from rqvae.trainers.diagnostic_files import DiagnosticFiles, Mirrors
 from rqvae.trainers.diagnostic_listener import DIED, DiagnosticListener
 from rqvae.trainers.evaluation_trainer import SplitWalk, load_stage1
+from rqvae.weight_files import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ class VaeDiagnostic:
         subject = self._source.subject(self._request, latent)
         subject.facts |= facts
         if not known:
-            save_file({"latent": subject.latent.detach().cpu().contiguous()}, kept)
+            write_tensors({"latent": subject.latent.detach().cpu().contiguous()}, kept)
             note.write_text(json.dumps({"request": request, "facts": subject.facts}))
         return subject
 
