@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         if error.errno not in _FULL:
             traceback.print_exc()
             return _fail(str(error), 3)
-        return _fail(f"{error.filename or 'the run'}: the disk is full; earlier checkpoints are untouched", 3)
+        return _fail(f"{error.filename or 'the run'}: the disk is full; what was written before is untouched", 3)
     except Exception as error:  # noqa: BLE001  (a defect of ours: shown whole, and the code says that the run failed)
         traceback.print_exc()
         return _fail(f"{type(error).__name__}: {error}", 3)
