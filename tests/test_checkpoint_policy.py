@@ -35,7 +35,7 @@ class SlowDisk(Observer):
         self.seconds, self.fails, self.step_seconds, self.files = seconds, fails, step_seconds, 0
 
     def on_fit_start(self, run: Any) -> None:
-        self.undo = checkpoint.save_file
+        self.undo = checkpoint.write_tensors
 
         def slow(tensors: Any, file: Path) -> None:
             time.sleep(self.seconds)
@@ -44,13 +44,13 @@ class SlowDisk(Observer):
                 raise OSError(errno.ENOSPC, "No space left on device")
             self.undo(tensors, file)
 
-        checkpoint.save_file = slow  # type: ignore[assignment]
+        checkpoint.write_tensors = slow  # type: ignore[assignment]
 
     def after_step(self, run: Any, losses: Any) -> None:
         time.sleep(self.step_seconds)
 
     def on_fit_end(self, run: Any) -> None:
-        checkpoint.save_file = self.undo
+        checkpoint.write_tensors = self.undo
 
 
 class Scripted(Observer):

@@ -437,7 +437,7 @@ def test_a_full_disk(tmp_path: Path, cli, capfd, monkeypatch: pytest.MonkeyPatch
         save_file(tensors, file)
 
     with monkeypatch.context() as patched:
-        patched.setattr("rqvae.trainers.latent_shards.save_file", save)
+        patched.setattr("rqvae.trainers.latent_shards.write_tensors", save)
         assert cli(*line) == 3
     assert "train-00001.safetensors: not written: [Errno 28] No space left on device; the shards" in said(capfd)
     assert cli(*line) == 0
