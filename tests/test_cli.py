@@ -81,7 +81,7 @@ class Misfortune(Observer):
     ("kind", "code", "line"),
     [
         ("killed", 3, "error: rank 1 was killed by SIGKILL"),
-        ("bad_input", 2, "error: the sample: expected a picture, got a tune"),
+        pytest.param("bad_input", 2, "error: the sample: expected a picture, got a tune", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_is_told_once(kind: str, code: int, line: str, tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ SHORT = [
     3,
     "--data.workers",
     0,
+    "--pictures.every",
+    "null",
 ]
 
 
@@ -36,6 +38,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_demo_leaves_its_summary_and_page(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     for key in ("stage1_psnr", "stage1_ssim", "nearest_train_psnr", "cpu_seconds", "seconds"):

@@ -131,6 +131,7 @@ def lose_a_host(machines: Machines, lost: int, save_dir: Path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_lost_host_comes_back_and_the_job_ends_as_undisturbed(machines: Machines, tmp_path: Path, cli) -> None:
     run = lose_a_host(machines, 1, tmp_path / "two")
     assert_undisturbed(run, tmp_path / "one", cli)

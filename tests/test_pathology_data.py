@@ -140,10 +140,10 @@ def of_the_original() -> torch.Tensor:
     present = np.zeros((90726, 5), dtype=bool)
     for k, total in enumerate(totals):
         present[rng.choice(len(present), total, replace=False), k] = True
-    for empty in (~present.any(1)).nonzero()[0]:  # each labelled image has a class: it takes over one of another
-        donor = rng.choice((present.sum(1) > 1).nonzero()[0])
-        k = rng.choice(present[donor].nonzero()[0])
-        present[donor, k], present[empty, k] = False, True
+    empty, donors = (~present.any(1)).nonzero()[0], (present.sum(1) > 1).nonzero()[0]
+    for image, donor in zip(empty, rng.permutation(donors), strict=False):  # each labelled image has a class
+        k = present[donor].argmax()
+        present[donor, k], present[image, k] = False, True
     return torch.from_numpy(present)
 
 

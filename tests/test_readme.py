@@ -134,7 +134,15 @@ def shell(world: World, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("example", [e for e in shell_examples() if e not in NOT_RUN])
+def marked(example: str) -> object:
+    """Those of commands whose own tests run them too take long enough to be left to `make test-all`."""
+    slow = re.search(
+        r"diagnose|procedural|make-reference|diffusers|channels|woeval|recon_stage1|layout|canvas", example
+    )
+    return pytest.param(example, marks=pytest.mark.slow) if slow else example
+
+
+@pytest.mark.parametrize("example", [marked(e) for e in shell_examples() if e not in NOT_RUN])
 def test_shell_example(example: str, world: World) -> None:
     command = world.fill(example)
     done = shell(world, command)

@@ -64,7 +64,7 @@ def test_finished_run_is_left_alone_and_fresh_starts_anew(tmp_path: Path, cli, c
     ("number", "code", "world", "group"),
     [
         (signal.SIGTERM, 143, 1, False),
-        (signal.SIGINT, 130, 1, True),
+        pytest.param(signal.SIGINT, 130, 1, True, marks=pytest.mark.slow),
         (signal.SIGTERM, 143, 2, False),
     ],
 )

@@ -141,7 +141,7 @@ class CountReduced(Observer):
         (self.folder / f"rank_{run.backend.rank}.json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize(("defect", "times"), [(False, 1), (True, 4)])
+@pytest.mark.parametrize(("defect", "times"), [(False, 1), pytest.param(True, 4, marks=pytest.mark.slow)])
 def test_gradients_are_reduced_in_each_micro_batch(defect: bool, times: int, tmp_path: Path) -> None:
     """Each gradient element crosses the wire once an optimizer step, under accumulation over 4 micro-batches."""
     arguments = {"folder": str(tmp_path), "every_micro_batch": defect}

@@ -23,7 +23,7 @@ def command(name: str, save_dir: Path, accumulate: int, *more: object) -> list[o
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", ["stage1_gan", "stage2"])
+@pytest.mark.parametrize("name", ["stage1_gan", pytest.param("stage2", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(name: str, accumulate: int, tmp_path: Path, cli) -> None:
     dump = tmp_path / "hashes"
     dump.mkdir()
@@ -65,6 +65,7 @@ def test_loader_workers_change_nothing(tmp_path: Path, cli) -> None:
     assert all(a[k].equal(b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_launcher(tmp_path: Path) -> None:
     slow = json.dumps([{"class_path": "tests.observers.Slow", "init_args": {"seconds": 0.3}}])
     line = command("stage1_gan", tmp_path, 1, "--world-size", 2, "--observers", slow, "--train.steps", 400)

@@ -397,6 +397,7 @@ class Unreadable(SkimagePhotos):
         return super().__getitem__(index)
 
 
+@pytest.mark.slow
 @needs_xla
 def test_an_error_of_the_dataset_ends_the_run_with_its_words(tmp_path: Path) -> None:
     """torch_xla's own loader ends the epoch instead, as if all were well."""
@@ -410,16 +411,21 @@ def test_an_error_of_the_dataset_ends_the_run_with_its_words(tmp_path: Path) -> 
 
 
 @needs_xla
-def test_bad_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.precision=fp16", "train.precision: expected fp32, bf16 or fp64 with the xla backend, got fp16"),
+        pytest.param(
+            "train.compile=true", "train.compile: expected false with the xla backend", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_bad_input(setting: str, words: str, tmp_path: Path) -> None:
     """In one line, before anything is computed."""
     place = ["--save-dir", tmp_path, "--backend", "xla"]
-    for more, words in (
-        (["--train.precision", "fp16"], "train.precision: expected fp32, bf16 or fp64 with the xla backend, got fp16"),
-        (["--train.compile", "true"], "train.compile: expected false with the xla backend"),
-    ):
-        code, errors = finish(start("train", "configs/debug/stage2.yaml", *place, *more, env=environment()))
-        assert code == 2
-        assert words in errors.splitlines()[-1]
+    code, errors = finish(start("train", "configs/debug/stage2.yaml", *place, f"--{setting}", env=environment()))
+    assert code == 2
+    assert words in errors.splitlines()[-1]
 
 
 def test_tpu_is_seen_by_its_pci_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

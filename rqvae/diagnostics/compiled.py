@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils import _pytree as pytree
 
 from rqvae.backends.compilers import MemoryGauge, settle
@@ -167,6 +166,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _status_of(error: Exception, watch: Watch) -> Status:
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and runs that compile nothing come by here
+
     ran = watch.raised or (watch.executed and not isinstance(error, TorchDynamoException))
     return Status.RUNTIME_ERROR if ran else Status.COMPILE_ERROR
 
