@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     Raises:
         OSError, SafetensorError: it cannot be written.
     """
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode
+    probe = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        probe.touch()
+        mode = probe.stat().st_mode
+    finally:
+        probe.unlink(missing_ok=True)
     save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
     path.chmod(mode)

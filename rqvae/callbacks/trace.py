@@ -54,8 +54,8 @@ class Trace(Observer):
 
     The stages of a step are `loaded` (one a sample: as it is in its file, which is read once more, image (H, W, 3) and
     mask, and the draw that chose it: slot 0 is the unconditional one), `image` (one a sample as the generator gets it,
-    with its mask), `embedding` (one a module that embeds time or
-    condition), `diffusion` (latent, times, prediction, target) and `loss`. Forward passes of sampling are left out.
+    with its mask), `embedding` (one a module that embeds time or condition), `diffusion` (latent, times, prediction,
+    target) and `loss`. Forward passes of sampling are left out.
 
     Args:
         stage2: the bare generator.
