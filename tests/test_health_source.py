@@ -15,7 +15,7 @@ from rqvae.health.schedules import Schedule
 from rqvae.health.settings import read_settings
 from rqvae.health.source import read_source
 from tests.health_logs import ids
-from tests.health_sources import MODEL, PROGRAM, examined
+from tests.health_sources import CONFIG, MODEL, PROGRAM, examined
 
 DEFECTS = {
     "latents mapped by 2x - 1": {"NORM.LATENTS_SHIFTED", "NORM.ASYMMETRIC"},
@@ -158,6 +158,59 @@ def test_renamed_code_is_found_too(tmp_path: Path) -> None:
     plain = ids(examined(tmp_path)) & SOURCE_RULES
     (tmp_path / "again").mkdir()
     assert ids(examined(tmp_path / "again", "", renamed)) & SOURCE_RULES == plain
+
+
+OWN_ENCODER = """
+class Own(nn.Module):
+    def encode(self, pictures):
+        return self.layers(self.centred(pictures))
+
+    def centred(self, pictures):
+        count, channels, height, width = pictures.shape
+        self.check(height, width)
+        return 2 * pictures - 1
+"""
+SCALAR = """
+def quantile(probability: float, steps: int):
+    return math.tan(2 * probability - 1) / steps
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "gone"),
+    [
+        ("torch.nan_to_num(guess)\n", "torch.nan_to_num(guess, nan=torch.inf)\n", "NUM.NAN_MASKED"),
+        ("torch.nan_to_num(guess)\n", "guess.nan_to_num(torch.inf)\n", "NUM.NAN_MASKED"),
+    ],
+)
+def test_nan_that_becomes_infinity_is_not_hidden(old: str, new: str, gone: str, tmp_path: Path) -> None:
+    assert old in MODEL
+    model = MODEL.replace(old, new).replace("wanted = torch.nan_to_num(wanted)", "wanted = wanted")
+    assert gone not in ids(examined(tmp_path, model))
+
+
+def test_an_encoder_of_the_source_that_centres_images_itself(tmp_path: Path) -> None:
+    """Then images are not encoded raw, and 2x - 1 elsewhere is not said to be of latents."""
+    shifted = {"NORM.LATENTS_SHIFTED", "NORM.ASYMMETRIC", "VAE.INPUT_RANGE"}
+    assert ids(examined(tmp_path)) >= shifted
+    (tmp_path / "again").mkdir()
+    assert not ids(examined(tmp_path / "again", MODEL + OWN_ENCODER)) & shifted
+
+
+def test_a_number_is_no_latent(tmp_path: Path) -> None:
+    (old, new), *_ = REPAIRS
+    model, program = (text.replace(old, new) + SCALAR for text in (MODEL, PROGRAM))
+    assert "NORM.LATENTS_SHIFTED" not in ids(examined(tmp_path, model, program))
+    (tmp_path / "again").mkdir()
+    tensor = model.replace("probability: float", "probability")
+    assert "NORM.LATENTS_SHIFTED" in ids(examined(tmp_path / "again", tensor, program))
+
+
+def test_a_schedule_of_the_config_goes_before_one_in_the_source(tmp_path: Path) -> None:
+    assert "OPT.SCHEDULE_WARMUP_SKIPPED" in ids(examined(tmp_path))
+    (tmp_path / "again").mkdir()
+    config = CONFIG + "\nlr_policy:\n  schedule_class: mine.Constant\n"
+    assert "OPT.SCHEDULE_WARMUP_SKIPPED" not in ids(examined(tmp_path / "again", config=config))
 
 
 def test_one_cycle_is_that_of_torch() -> None:

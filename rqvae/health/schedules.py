@@ -55,7 +55,7 @@ def _cosine(start: float, end: float, share: np.ndarray) -> np.ndarray:
 def schedule_of(subject: Subject) -> Schedule | None:
     """The schedule that config, log and source state; None if a part of it is missing.
 
-    A one-cycle schedule may be named by the source alone (a call of `OneCycleLR`).
+    A one-cycle schedule may be named by the source alone (a call of `OneCycleLR`), where the config names none.
     """
     lr, steps, named = (subject.setting(name) for name in ("lr", "steps", "scheduler"))
     if lr is None or not lr.number or steps is None or not steps.number:
@@ -64,7 +64,7 @@ def schedule_of(subject: Subject) -> Schedule | None:
     text = str(named.value).lower() if named else ""
     if named:
         settings.append(named)
-    elif subject.source is not None:
+    elif subject.source is not None and not any("schedule" in setting.key for setting in subject.stated):
         for file, call in subject.source.calls("OneCycleLR"):
             text = "onecycle"
             settings.append(Setting("scheduler", file.text(call), file.name, call.lineno))

@@ -189,9 +189,17 @@ def applications(source: Source, function: Function, shape: object) -> list[tupl
         argument = shape(node)  # type: ignore[operator]
         if argument is None and isinstance(node, ast.Call) and called(node) in known and node.args:
             argument = node.args[0]
-        if argument is not None and not has_call(argument, "len|range|int|size|numel"):  # 2 n - 1 of a count
+        if argument is None or has_call(argument, "len|range|int|size|numel"):  # 2 n - 1 of a count
+            continue
+        if not (isinstance(argument, ast.Name) and argument.id in _numbers(function)):  # 2 p - 1 of a probability
             found.append((node, argument))
     return found
+
+
+def _numbers(function: Function) -> set[str]:
+    """Parameters that are said to be single numbers."""
+    parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return {p.arg for p in parameters if isinstance(p.annotation, ast.Name) and p.annotation.id in ("int", "float")}
 
 
 def names_in(node: ast.AST) -> set[str]:

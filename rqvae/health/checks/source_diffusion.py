@@ -49,8 +49,15 @@ def _image_encodes(source: Source) -> Iterator[tuple[SourceFile, Function, ast.C
 
 
 def _normalises(source: Source) -> bool:
-    """Whether images are brought to [-1, 1] by a transform."""
-    return any(any(constant(n) == 0.5 for n in ast.walk(call)) for _, call in source.calls(_NORMALISERS))
+    """Whether images are brought to [-1, 1] by a transform, or within an encode that the source itself defines."""
+    if any(any(constant(n) == 0.5 for n in ast.walk(call)) for _, call in source.calls(_NORMALISERS)):
+        return True
+    symmetric = {function.name for _, function in source.functions() if applications(source, function, to_symmetric)}
+    encoders = [function for _, function in source.functions() if re.fullmatch(_ENCODE, function.name)]
+    steps = [
+        {called(n) for n in ast.walk(function) if isinstance(n, ast.Call)} | {function.name} for function in encoders
+    ]
+    return any(symmetric & calls for calls in steps)
 
 
 def encodes_raw(source: Source) -> list[tuple[SourceFile, ast.Call]]:

@@ -12,6 +12,8 @@ from rqvae.health.source import Function, Source, SourceFile, called, has_call, 
 from rqvae.health.subject import Subject
 
 _POWER = "every Python file of the source was parsed"
+_NO_LOSS = r"nan_to_num_?|where|minimum|maximum|clamp|clip|stack|cat|print|append|add_image"
+"""Calls of two arguments and more that compare nothing as a loss does."""
 
 
 def _source(subject: Subject) -> Source:
@@ -59,7 +61,7 @@ def _hidden_names(function: Function) -> tuple[set[str], ast.AST | None]:
     first: ast.AST | None = None
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and called(node) in ("nan_to_num", "nan_to_num_", "nanmean", "nansum"):
-            if "'grad'" in ast.dump(node):
+            if "'grad'" in ast.dump(node) or _to_infinity(node):
                 continue
             first = first or node
             names |= names_in(node) if called(node).endswith("_") or called(node).startswith("nanm") else set()
@@ -68,13 +70,25 @@ def _hidden_names(function: Function) -> tuple[set[str], ast.AST | None]:
     return names, first
 
 
+def _to_infinity(call: ast.Call) -> bool:
+    """Whether NaN becomes infinity (`x.nan_to_num(torch.inf)`, `torch.nan_to_num(x, nan=inf)`)."""
+    function = call.func
+    of_tensor = isinstance(function, ast.Attribute) and not (
+        isinstance(function.value, ast.Name) and function.value.id in ("torch", "np", "numpy", "jnp")
+    )
+    values = [*call.args[0 if of_tensor else 1 :][:1], *(word.value for word in call.keywords if word.arg == "nan")]
+    return any(isinstance(value, ast.Attribute) and value.attr == "inf" for value in values)
+
+
 def _compared(function: Function, names: set[str]) -> bool:
     """Whether one of the names is compared with another value: a call of two arguments, or a difference."""
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and called(node) in ("nanmean", "nansum"):
             return True
-        if isinstance(node, ast.Call) and len(node.args) >= 2 and not called(node).startswith("nan_to_num"):
-            direct = any(isinstance(a, ast.Call) and called(a) == "nan_to_num" for a in node.args)
+        if isinstance(node, ast.Call) and len(node.args) >= 2 and not re.fullmatch(_NO_LOSS, called(node)):
+            direct = any(
+                isinstance(a, ast.Call) and called(a) == "nan_to_num" and not _to_infinity(a) for a in node.args
+            )
             if direct or any(isinstance(a, ast.Name) and a.id in names for a in node.args):
                 return True
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and names_in(node) & names:
