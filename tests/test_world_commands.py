@@ -63,6 +63,17 @@ def test_rollout_writes_every_field_and_is_the_same_again(run: Path, tmp_path: P
     assert again["one_step"]["psnr"] == pytest.approx(scores["one_step"]["psnr"], abs=0.01)
 
 
+def test_a_model_knows_its_actions_by_name_without_its_recording(run: Path, tmp_path: Path, cli) -> None:
+    frames, away = run.parent.parent / "frames", tmp_path / "away"
+    frames.rename(away)
+    try:
+        assert rqvae.load(run).spec.names == MazeChase(32).action_names
+        assert cli("export", run, tmp_path / "out") == 0
+    finally:
+        away.rename(frames)
+    assert rqvae.load(tmp_path / "out").spec.names == MazeChase(32).action_names
+
+
 def test_rollout_refuses_what_is_no_world_model(run: Path, tmp_path: Path, cli, capfd) -> None:
     assert cli("rollout", tmp_path) == 2
     assert cli("rollout", run, "--starts", 0) == 2

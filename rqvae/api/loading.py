@@ -13,6 +13,7 @@ from rqvae.api.pipeline import Pipeline
 from rqvae.configuration import read
 from rqvae.errors import BadInput
 from rqvae.files import read_json
+from rqvae.img_datasets.interfaces import DataSpec
 from rqvae.randomness import kept
 from rqvae.run import Stage1Run
 from rqvae.trainers import checkpoint
@@ -90,7 +91,7 @@ def _load_run(folder: Path, path: Path, weights: str | None) -> Pipeline:
     """A run's model; `path` is the run itself or one of its checkpoints."""
     configuration = read([folder / "config.yaml"], _source_overrides(folder), inference=True)
     run = configuration.instantiate()
-    spec = run.data.make("train")[0].spec
+    spec = _with_action_names(run.data.make("train")[0].spec, folder)
     parts = {name: configuration.resolved.get(name) for name in exported.PARTS}
     if isinstance(run, Stage1Run):
         at = load_evaluated(run.stage1, "stage1", path, weights)
@@ -103,6 +104,13 @@ def _load_run(folder: Path, path: Path, weights: str | None) -> Pipeline:
     at = checkpoint.find(path)
     description = exported.Description(spec, parts, describe_run(folder, at, configuration.resolved, weights))
     return Pipeline(spec, two_stage.stage1, two_stage, description)
+
+
+def _with_action_names(spec: DataSpec, run: Path) -> DataSpec:
+    """With the names of actions that the run's environment.json has, where the config leaves them to the recording."""
+    if spec.names or not spec.num_actions or not (run / "environment.json").exists():
+        return spec
+    return replace(spec, names=tuple(read_json(run / "environment.json").get("action_names", ())))
 
 
 def place_of(path: str, run: Path) -> Path:

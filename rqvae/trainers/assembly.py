@@ -181,7 +181,9 @@ class TrainingJob:
             parts.before_start()
         if self._lock is None:  # a new folder is made only now: a wrong checkpoint leaves nothing behind
             counts = {name: sum(p.numel() for p in module.parameters()) for name, module in parts.counted.items()}
-            self._take(choice, {"parameters": counts, "data": fingerprint})
+            spec = stream.dataset.spec  # whose recording may not be there when the model is loaded
+            named = {"action_names": list(spec.names)} if spec.num_actions else {}
+            self._take(choice, {"parameters": counts, "data": fingerprint, **named})
         return self._fit(choice, parts, state, clock, stream, watching)
 
     def _open_data(self) -> tuple[LabeledImageDatasetWrapper, Clock]:
