@@ -3,6 +3,7 @@ own. A leaf."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import uuid
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -110,7 +112,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         metadata: for the file's header.
 
     Raises:
-        OSError, SafetensorError: it cannot be written.
+        OSError: it cannot be written; a full disk has its number.
+        SafetensorError: tensors that the format does not take.
     """
     probe = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -118,5 +121,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
         mode = probe.stat().st_mode
     finally:
         probe.unlink(missing_ok=True)
-    save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        number = int(found[1])  # of the operating system, which the library gives as text
+        raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(mode)

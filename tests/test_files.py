@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -73,3 +76,17 @@ def test_tensors_are_readable_like_any_other_new_file(tmp_path: Path) -> None:
             assert load_file(weights)["x"].tolist() == [value, value]
     finally:
         os.umask(before)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """The kernel's own: a file that may not grow beyond a page."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="weights") as caught:
+            write_tensors({"x": torch.zeros(100_000)}, tmp_path / "weights.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
