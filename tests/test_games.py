@@ -22,7 +22,7 @@ from rqvae.games import sprites as mc
 from rqvae.games.collect import collect
 from rqvae.games.maze import ACTION_NAMES, OPPOSITE, find_distances, find_ways, make_maze
 from rqvae.games.maze_chase import FLASH, MazeChase, MazeState
-from rqvae.games.policies import Forager, Mixed, PersistentRandom
+from rqvae.games.policies import All, Forager, Mixed, PersistentRandom
 from rqvae.randomness import fold
 
 
@@ -175,6 +175,36 @@ def test_episode_ends_when_caught_cleared_or_out_of_steps() -> None:
     assert ends == {"caught", "cleared", "cut"}
 
 
+def test_a_caught_player_starts_anew_far_from_the_ghosts_while_it_has_lives() -> None:
+    """Until the first catch as with one life; then by the rule written out once more, until the last life is lost."""
+    catches = []
+    for seed in range(12):
+        one, three = MazeChase(num_ghosts=2, seed=seed), MazeChase(num_ghosts=2, seed=seed, lives=3)
+        policy, over, caught = PersistentRandom(5, seed, care=0.0), False, 0
+        while not over:
+            action = policy.act(three)
+            frame, _, terminated, truncated = three.step(action)
+            state, over = three.clone_state(), terminated or truncated
+            if not caught:
+                alone, _, ended, _ = one.step(action)
+                assert ended == (state.caught == 1 or terminated)
+                assert np.array_equal(alone, frame) == (state.caught == 0)
+            assert terminated == (state.caught == 3 or not any(state.dots))
+            if state.caught > caught and not over:
+                apart = {
+                    cell: min(np.abs(np.subtract(divmod(cell, 8), divmod(g, 8))).sum() for g in state.ghosts)
+                    for cell in three.ways
+                }
+                assert apart[state.player] == max(apart.values())
+                assert state.facing in three.ways[state.player]
+                assert not state.dots[state.player]
+                assert {mc.PLAYER, mc.PLAYER_EYE} <= cell_colours(frame, divmod(state.player, 8))
+            assert state.caught - caught in (0, 1)
+            caught = state.caught
+        catches.append(caught)
+    assert catches.count(3) > 6
+
+
 def test_a_safe_action_is_never_the_last() -> None:
     """`is_safe` against trying the action 20 times from a fork."""
     game, checked = MazeChase(num_ghosts=2, seed=5), 0
@@ -292,6 +322,7 @@ def test_the_fingerprint_is_of_the_rules_and_leaves_the_game_as_it_was() -> None
     assert game.fingerprint() == MazeChase(seed=4).fingerprint()
     assert game.clone_state() == before
     assert MazeChase(num_ghosts=2).fingerprint() != game.fingerprint()
+    assert MazeChase(lives=2).fingerprint() != game.fingerprint()
     # the evaluation of world models is tied to these rules: a change of them is a new `MazeChase.version`
     assert game.fingerprint().startswith("069738d6c488fbc7")
 
@@ -311,9 +342,12 @@ def test_the_forager_wins_where_the_random_walker_does_not() -> None:
     assert wins(Forager) >= 25
     assert wins(PersistentRandom) <= 10
     assert {type(Mixed(5, seed)._player) for seed in range(2)} == {Forager, PersistentRandom}
+    players = [All(5, seed)._player for seed in range(3)]
+    assert [type(player) for player in players] == [PersistentRandom, Forager, PersistentRandom]
+    assert [players[k].care for k in (0, 2)] == [0.95, 0.0]
 
 
-@pytest.mark.parametrize("arguments", [{"size": 33}, {"size": 28}, {"num_ghosts": 0}, {"max_steps": 0}])
+@pytest.mark.parametrize("arguments", [{"size": 33}, {"size": 28}, {"num_ghosts": 0}, {"max_steps": 0}, {"lives": 0}])
 def test_bad_arguments_name_themselves(arguments: dict[str, int]) -> None:
     with pytest.raises(BadInput, match=next(iter(arguments))):
         MazeChase(**arguments)
@@ -379,6 +413,8 @@ def test_a_complete_recording_is_reused_and_another_refused(tmp_path: Path) -> N
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
     with pytest.raises(BadInput, match=r"meta\.json: frames: expected 301, got a recording with 300"):
         collect("maze-chase", 301, 32, tmp_path)
+    with pytest.raises(BadInput, match=r"lives: expected 2, got a recording with 1"):
+        collect("maze-chase", 300, 32, tmp_path, lives=2)
     (tmp_path / "shard-00000.npz").write_bytes(b"short")
     assert collect("maze-chase", 300, 32, tmp_path) == meta, "a damaged one is done again"
     assert (tmp_path / "shard-00000.npz").stat().st_size == meta["shards"][0]["bytes"]
@@ -432,7 +468,7 @@ def test_collect_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="frames"):
         collect("maze-chase", 0, 32, tmp_path / "a")
     assert not (tmp_path / "a").exists(), "nothing is written before the arguments are checked"
-    with pytest.raises(BadInput, match="policy: expected one of persistent-random, forager, mixed, got best"):
+    with pytest.raises(BadInput, match="policy: expected one of persistent-random, forager, mixed, all, got best"):
         collect("maze-chase", 10, 32, tmp_path / "a", policy="best")
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match="file: expected a folder"):

@@ -113,6 +113,22 @@ def test_the_real_game_runs_beside_under_the_same_keys() -> None:
             break
 
 
+def test_the_real_game_goes_on_when_the_player_is_caught() -> None:
+    """Its state is followed by a game of as many lives."""
+    world, caught = make_world(), 0
+    for seed in range(12):
+        session, game = Session(world, seed=seed), MazeChase(lives=1000)
+        game.restore_state(world.starts(seed).state)
+        while game.clone_state().caught == 0 and session.tick().real is not None:
+            frame, _, over, _ = game.step(0)
+            assert not over
+        assert np.array_equal(session._real, frame)
+        caught += game.clone_state().caught
+        if caught:
+            return
+    raise AssertionError("nobody was caught")
+
+
 def test_a_reset_begins_the_same_dream_again() -> None:
     session = Session(make_world(), seed=5)
     first = [session.tick().dream for _ in range(3)]

@@ -18,9 +18,10 @@ def parser() -> Parser:
     own.add_argument("--frames", type=int, default=20000, help="frames of all episodes together")
     own.add_argument("--size", type=int, default=32, help="side of a frame in pixels")
     own.add_argument(
-        "--policy", default="persistent-random", help="persistent-random; in the maze also forager or mixed"
+        "--policy", default="persistent-random", help="persistent-random; in the maze also forager, mixed or all"
     )
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument("--lives", type=int, default=1, help="in the maze: how often the player must be caught")
     own.add_argument("--skip", type=int, default=4, help="of Gymnasium's: frames of the emulator a step")
     own.add_argument("--max-steps", type=int, default=400, help="longest episode")
     own.add_argument("--seed", type=int, default=0, help="of the mazes, of the policy and of the splits")
@@ -39,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
     folder = Path(options.env)
     recorded = options.env != MAZE and folder.is_dir()
     if recorded:
-        refuse_options(parser(), options, ("frames", "policy", "ghosts", "skip", "max_steps"), f"the folder {folder}")
+        names = ("frames", "policy", "ghosts", "lives", "skip", "max_steps")
+        refuse_options(parser(), options, names, f"the folder {folder}")
     total = None if recorded else options.frames
     with tqdm(total=total, desc=f"collect {folder.name}", unit="frame", delay=0.2) as bar:
 
@@ -57,6 +59,7 @@ def run(arguments: Sequence[str]) -> int:
                 seed=options.seed,
                 policy=options.policy,
                 num_ghosts=options.ghosts,
+                lives=options.lives,
                 max_steps=options.max_steps,
                 skip=options.skip,
                 progress=count,

@@ -54,6 +54,7 @@ def collect(
     seed: int = 0,
     policy: str = BLIND,
     num_ghosts: int = 1,
+    lives: int = 1,
     max_steps: int = 400,
     skip: int = 4,
     shard_frames: int = 10_000,
@@ -74,6 +75,7 @@ def collect(
         seed: of the recording.
         policy: a key of `POLICIES`; of games that are not ours `persistent-random` alone.
         num_ghosts: ghosts in the maze.
+        lives: of the maze's player.
         max_steps: longest episode.
         skip: of `GymnasiumGame`.
         shard_frames: a shard is closed at the end of the episode that fills it.
@@ -86,7 +88,10 @@ def collect(
         BadInput: an unknown game, an argument out of range, a file in the place of `out`, a folder that cannot be
             written, or one that holds a recording with other parameters.
     """
-    game, licence, own = _game(env_name, frames, size, policy, num_ghosts, max_steps, skip, shard_frames)
+    for name, value in (("frames", frames), ("shard_frames", shard_frames)):
+        if value < 1:
+            raise BadInput(f"{name}: expected at least 1, got {value}")
+    game, licence, own = _game(env_name, size, policy, num_ghosts, lives, max_steps, skip)
     parameters = {"schema": SCHEMA, "env": env_name, "env_version": game.version, "size": size, "frames": frames}
     parameters |= {"seed": seed, "policy": policy, **own, "max_steps": max_steps, "shard_frames": shard_frames}
     make_folder(out)
@@ -98,16 +103,14 @@ def collect(
 
 
 def _game(
-    env_name: str, frames: int, size: int, policy: str, num_ghosts: int, max_steps: int, skip: int, shard_frames: int
+    env_name: str, size: int, policy: str, num_ghosts: int, lives: int, max_steps: int, skip: int
 ) -> tuple[Game, str, dict[str, int]]:
     """The game, what may be done with its frames, and the parameters that it alone has."""
-    for name, value in (("frames", frames), ("shard_frames", shard_frames)):
-        if value < 1:
-            raise BadInput(f"{name}: expected at least 1, got {value}")
     if policy not in POLICIES:
         raise BadInput(f"policy: expected one of {', '.join(POLICIES)}, got {policy}")
     if env_name == MAZE:
-        return MazeChase(size, num_ghosts, max_steps), LICENCE, {"num_ghosts": num_ghosts}
+        own = {"num_ghosts": num_ghosts, "lives": lives}
+        return MazeChase(size, num_ghosts, max_steps, lives=lives), LICENCE, own
     if policy != BLIND:
         raise BadInput(f"policy: expected {BLIND} for {env_name}, whose rules are not known, got {policy}")
     other = GymnasiumGame(env_name, size, max_steps, skip)

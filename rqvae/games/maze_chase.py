@@ -56,6 +56,7 @@ class MazeState:
         headings: each ghost's direction, NOOP before its first move.
         frightened: for how many steps each ghost still flees, 0 where it chases.
         dots: one byte a cell, 1 where a dot is left, 2 where a power pellet is.
+        caught: how often the player was caught since the reset.
         steps: steps since the reset.
         over: whether the episode has ended.
         generator: state of the numpy bit generator.
@@ -68,6 +69,7 @@ class MazeState:
     headings: tuple[int, ...]
     frightened: tuple[int, ...]
     dots: bytes
+    caught: int
     steps: int
     over: bool
     generator: Mapping[str, Any]
@@ -79,14 +81,17 @@ class MazeChase:
     The player keeps its direction: NOOP goes on, an action turns at once if the way is open and is ignored if a wall is
     there, and a player that runs into a wall stands. A dot or a power pellet is worth 1. A pellet frightens all ghosts
     for 1.5 steps a cell of the maze's side: they flee at half speed, and one that is met is worth 5 and starts anew at
-    the far end. The episode is terminated when a ghost that is not frightened catches the player (same cell, or cells
-    swapped) or nothing is left to eat, and truncated after `max_steps`.
+    the far end. A ghost that is not frightened catches the player (same cell, or cells swapped): it loses a life, and
+    while one is left it starts anew on the open cell that is farthest from all ghosts. The episode is terminated with
+    the last life or when nothing is left to eat, and truncated after `max_steps`.
 
     Args:
         size: side of the frame in pixels, a multiple of 4 and at least 32; a cell is 4 pixels.
         num_ghosts: how many ghosts, at least 1.
         max_steps: steps after which an episode is cut.
         seed: of the first episode; `reset(seed)` seeds another.
+        lives: how often the player must be caught. Of no other effect on the frames: until the first catch the same
+            seed and actions give the same ones.
         maze_seed: of the maze. It is no part of `seed`, so that all recordings of a size show one maze unless asked
             otherwise, and a model trained on one of them knows the others.
 
@@ -99,7 +104,13 @@ class MazeChase:
     """Changes when the same seed and actions would give other frames."""
 
     def __init__(
-        self, size: int = 32, num_ghosts: int = 1, max_steps: int = 400, seed: int = 0, maze_seed: int = 0
+        self,
+        size: int = 32,
+        num_ghosts: int = 1,
+        max_steps: int = 400,
+        seed: int = 0,
+        maze_seed: int = 0,
+        lives: int = 1,
     ) -> None:
         if size < 8 * CELL or size % CELL:
             raise BadInput(f"size: expected a multiple of {CELL} that is at least {8 * CELL}, got {size}")
@@ -107,7 +118,9 @@ class MazeChase:
             raise BadInput(f"num_ghosts: expected at least 1, got {num_ghosts}")
         if max_steps < 1:
             raise BadInput(f"max_steps: expected at least 1, got {max_steps}")
-        self.size, self.num_ghosts, self.max_steps = size, num_ghosts, max_steps
+        if lives < 1:
+            raise BadInput(f"lives: expected at least 1, got {lives}")
+        self.size, self.num_ghosts, self.max_steps, self.lives = size, num_ghosts, max_steps, lives
         self.cells = size // CELL
         self.fright = 3 * self.cells // 2
         self.maze = (self.cells, maze_seed)
@@ -132,7 +145,7 @@ class MazeChase:
         self._facing = self._pick(list(self.ways[self._player]))
         self._headings = [NOOP] * self.num_ghosts
         self._frightened = [0] * self.num_ghosts
-        self._steps, self._over = 0, False
+        self._caught, self._steps, self._over = 0, 0, False
         self._dots = bytearray(self.cells**2)
         for cell in self._open:
             self._dots[cell] = self._rng.random() < DOTS and cell != self._player
@@ -163,7 +176,10 @@ class MazeChase:
         reward = self._eat()
         caught, bonus = self._move_ghosts(before)
         self._steps += 1
-        terminated = bool(caught or not any(self._dots))
+        self._caught += caught
+        if caught and self._caught < self.lives:
+            reward += self._start_anew()
+        terminated = bool(self._caught >= self.lives or not any(self._dots))
         truncated = not terminated and self._steps >= self.max_steps
         self._over = terminated or truncated
         return self.render(), reward + bonus, terminated, truncated
@@ -187,6 +203,7 @@ class MazeChase:
             headings=tuple(self._headings),
             frightened=tuple(self._frightened),
             dots=bytes(self._dots),
+            caught=self._caught,
             steps=self._steps,
             over=self._over,
             generator=self._rng.bit_generator.state,
@@ -204,7 +221,7 @@ class MazeChase:
         self._player, self._facing = state.player, state.facing
         self._ghosts, self._headings = list(state.ghosts), list(state.headings)
         self._frightened, self._dots = list(state.frightened), bytearray(state.dots)
-        self._steps, self._over = state.steps, state.over
+        self._caught, self._steps, self._over = state.caught, state.steps, state.over
         self._rng = np.random.Generator(np.random.PCG64())
         self._rng.bit_generator.state = state.generator
         self._paint()
@@ -225,7 +242,8 @@ class MazeChase:
 
     def fingerprint(self) -> str:
         """sha256 of 500 steps of scripted play: what the evaluation of a world model is tied to."""
-        state, digest = self.clone_state(), hashlib.sha256(repr((self.version, self.maze, self.num_ghosts)).encode())
+        rules = (self.version, self.maze, self.num_ghosts, *([self.lives] if self.lives > 1 else []))
+        state, digest = self.clone_state(), hashlib.sha256(repr(rules).encode())
         digest.update(self.reset(0).tobytes())
         for k in range(500):
             frame, reward, terminated, truncated = self.step((k // 3) % len(ACTION_NAMES))
@@ -268,6 +286,18 @@ class MazeChase:
         self._dots[self._player] = 0
         self._blit(self._canvas, self._player, self._food_sprites[0])
         return DOT_REWARD
+
+    def _start_anew(self) -> float:
+        """The caught player goes where no ghost is near, by a rule without chance; what it eats there."""
+        ghosts = [divmod(ghost, self.cells) for ghost in self._ghosts]
+
+        def nearest(cell: int) -> int:
+            row, column = divmod(cell, self.cells)
+            return min(abs(row - r) + abs(column - c) for r, c in ghosts)
+
+        self._player = max(self._open, key=lambda cell: (nearest(cell), cell))
+        self._facing = min(self.ways[self._player])
+        return self._eat()
 
     def _move_ghosts(self, player_before: int) -> tuple[bool, float]:
         """Move every ghost; whether one caught the player, who came from `player_before`, and what was eaten."""

@@ -122,9 +122,34 @@ class Mixed:
         return self._player.act(game)
 
 
+class All:
+    """Episodes by three players in turn: the two of `Mixed`, and one that does not look out for ghosts.
+
+    A careful player is seldom caught, and then in a corner. A dream's ghost goes its own ways, so the keys that are
+    played in a dream run into it anywhere: a recording for a model that is to be played needs that too.
+
+    Args:
+        num_actions: of the game.
+        seed: of the episode; its remainder by 3 chooses the player.
+    """
+
+    def __init__(self, num_actions: int, seed: int) -> None:
+        players: tuple[Callable[[int, int], Policy], ...] = (PersistentRandom, Forager, _reckless)
+        self._player = players[seed % 3](num_actions, seed)
+
+    def act(self, game: Playable) -> int:
+        """The chosen player's action."""
+        return self._player.act(game)
+
+
+def _reckless(num_actions: int, seed: int) -> Policy:
+    return PersistentRandom(num_actions, seed, care=0.0)
+
+
 POLICIES: dict[str, Callable[[int, int], Policy]] = {
     "persistent-random": PersistentRandom,
     "forager": Forager,
     "mixed": Mixed,
+    "all": All,
 }
 """Name -> (number of actions, seed) -> player."""

@@ -29,6 +29,9 @@ KEPT = 900
 
 NOOP = 0
 
+ENDLESS = 10**9
+"""Steps and lives of the game beside: a dream does not end, so the game it is compared with should not."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -57,7 +60,7 @@ class Tick:
 
     Args:
         dream: (H, W, 3) uint8, the generated frame.
-        real: the frame of the real game under the same keys; None without a game, or once it is over.
+        real: the frame of the real game under the same keys; None without a game, or once all is eaten.
         step: frames since the reset.
         milliseconds: that the model took.
     """
@@ -111,7 +114,7 @@ class Session:
         self.history = deque([(start.frames[-1], NOOP)], maxlen=KEPT)
         self._game, game = None, self.world.game
         if game is not None and start.state is not None:
-            self._game = MazeChase(game.size, game.num_ghosts, max_steps=10**9, maze_seed=game.maze[1])
+            self._game = MazeChase(game.size, game.num_ghosts, ENDLESS, maze_seed=game.maze[1], lives=ENDLESS)
             self._game.restore_state(start.state)
             self._real = self._game.render()
         self.release()
