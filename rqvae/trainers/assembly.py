@@ -27,6 +27,7 @@ from rqvae.trainers.cache_latents import open_cache
 from rqvae.trainers.choice import Choice, TrainRequest, choose, on_this_host
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.ema_snapshots import snapshots_of
+from rqvae.trainers.initial_weights import only_at_its_start
 from rqvae.trainers.joint_start import check_shared, job_start
 from rqvae.trainers.logging import RunLog, setup_text_log
 from rqvae.trainers.measuring import measures, parse_window
@@ -160,6 +161,7 @@ class TrainingJob:
             return 0
         if not choice.new:
             self._take(choice, {})  # before its checkpoint is read: nobody else may be writing there
+        self.run = only_at_its_start(self.run, resumed=choice.load is not None)
         build = stage1_trainer.build if isinstance(self.run, Stage1Run) else stage2_trainer.build
         watching = measures(self.run, self.backend, clock)
         parts: Parts = build(self.run, self.backend, clock)  # type: ignore[arg-type]

@@ -36,6 +36,9 @@ class TrainSettings:
 
     Args:
         steps: length of the run: `20k steps`, `5M images`, `100 epochs`; a bare integer means optimizer steps.
+        initial_weights: run, checkpoint or exported folder, or URL, whose evaluated weights the trained model begins
+            with; steps, moments and averages begin anew (`--resume-ckpt` goes on with them). A run that is resumed does
+            not read it again.
         seed: what every random number of the run is keyed by.
         precision: fp32; bf16 or fp16 (autocast; weights, EMA and optimizer state stay fp32); fp64. The loss of fp16 is
             scaled, each update's by its own scale: a step whose gradients overflow is skipped and halves it.
@@ -66,6 +69,7 @@ class TrainSettings:
     """
 
     steps: DurationText = "100k steps"
+    initial_weights: str | None = None
     seed: int = 0
     precision: Precision = "fp32"
     compile: bool = False

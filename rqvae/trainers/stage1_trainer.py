@@ -28,6 +28,7 @@ from rqvae.models.losses.lpips import LPIPSLoss
 from rqvae.run import GanSettings, Stage1Run
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, reconstruction_grid
+from rqvae.trainers.initial_weights import load_initial
 from rqvae.trainers.online_images import Reconstructions
 from rqvae.trainers.online_scores import prepare
 from rqvae.trainers.parallel import wrap
@@ -145,6 +146,7 @@ def build(run: Stage1Run, backend: Backend, clock: Clock) -> Parts:
     image_shape = run.data.make("train")[0].spec.image_shape
     run.stage1.latent_shape(image_shape)
     dtype = float_type(run.train.precision)
+    load_initial({"stage1": run.stage1}, run.train.initial_weights)
     stage1 = run.stage1.to(backend.device, dtype).train()
     lpips = None
     if run.lpips:

@@ -33,6 +33,7 @@ from rqvae.trainers import checkpoint
 from rqvae.trainers.cache_latents import open_verified
 from rqvae.trainers.clock import Clock
 from rqvae.trainers.evaluation_trainer import SplitWalk, as_pictures, load_evaluated, load_stage1
+from rqvae.trainers.initial_weights import load_initial
 from rqvae.trainers.mask_pictures import mask_pictures
 from rqvae.trainers.online_images import Samples
 from rqvae.trainers.online_scores import prepare
@@ -90,7 +91,10 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
     stage1_hash = load_stage1(run.stage1, run.stage1_checkpoint)
     latents = open_verified(run.data, run.stage1, stage1_hash, backend)
     dtype = float_type(run.train.precision)
-    two_stage = make_two_stage(run).to(backend.device, dtype)
+    two_stage = make_two_stage(run)
+    modules: dict[str, nn.Module] = {"stage2": two_stage.stage2, "connector": two_stage.connector}
+    load_initial(modules, run.train.initial_weights, stage1_hash)
+    two_stage.to(backend.device, dtype)
     two_stage.stage2.train()
     prepare_blocks(two_stage.stage2, run.train, backend)
     compile_planned(two_stage.stage1, run.train.compile_plan, backend)
@@ -104,7 +108,7 @@ def build(run: Stage2Run, backend: Backend, clock: Clock) -> Parts:  # noqa: ARG
     make = adamw_of(backend)
     update = Update("generator", stage2, wrapped, objective.loss, settings, make_optimizer=make, scaler=scaler)
     return Parts(
-        modules={"stage2": two_stage.stage2, "connector": two_stage.connector},
+        modules=modules,
         updates=[update],
         ema=ema,
         draws=draws,
