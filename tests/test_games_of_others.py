@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rqvae.commands import play
+from rqvae.commands.options import load_world_model, open_recording
 from rqvae.errors import BadInput
 from rqvae.games.collect import collect, import_folder
 from rqvae.games.gymnasium_game import GymnasiumGame
 from rqvae.games.windows import recorded_windows
 from rqvae.img_datasets.game_frames import GameFrames
+from rqvae.play.session import Session
 from tests.conftest import only
 
 SIDE = 16
@@ -314,7 +317,7 @@ def test_windows_of_a_recording_are_its_frames() -> None:
         recorded_windows(pairs, 8, history=2, horizon=4, seed=0)
 
 
-def test_rollout_on_a_recording_scores_frames_alone(tmp_path: Path, cli, capfd) -> None:
+def test_a_model_of_a_recording_is_scored_on_frames_alone_and_played(tmp_path: Path, cli, capfd) -> None:
     collect("Blinking-v0", 400, SIDE, tmp_path / "frames", max_steps=12)
     (tmp_path / "small.yaml").write_text(
         f"""
@@ -361,3 +364,27 @@ pictures: {{every: null}}
     assert "--ghosts: expected none beside --recording" in capfd.readouterr().err
     assert cli(*line, "--starts", 300) == 2
     assert "expected 300 windows" in capfd.readouterr().err
+    _plays_without_a_game(only(tmp_path / "p"), tmp_path / "frames", cli, capfd)
+
+
+def _plays_without_a_game(run: Path, frames: Path, cli: Callable[..., int], capfd: Any) -> None:
+    """A dream of it begins from recorded frames; while no key is down it is played under the null action."""
+    assert cli("play", run) == 2
+    assert "expected a model of NOOP, UP" in (said := capfd.readouterr().err)
+    assert "play it with --recording DIR" in said
+    assert cli("play", run, "--recording", frames, "--ghosts", 2) == 2
+    options = play.parser().parse_args([str(run), "--recording", str(frames)])
+    spec, two_stage = load_world_model(str(run))
+    world = play._world(options, spec, two_stage)
+    assert (world.game, world.idle, world.action_names) == (None, 2, ("LEFT", "RIGHT"))
+    session, start = Session(world, seed=4), world.starts(4)
+    test = open_recording(str(frames), spec, "test")
+    recorded = np.concatenate([test.episode(k)[0] for k in range(test.episodes)])
+    assert (recorded == start.frames[-1]).all((1, 2, 3)).any()
+    session.press(1)
+    session.release()
+    for expected in (1, 2, 2):
+        assert session.tick().real is None
+        assert session.history[-1][1] == expected
+    with pytest.raises(BadInput, match="record: expected a game with an action NOOP.* got LEFT, RIGHT"):
+        session.record(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -35,6 +36,38 @@ def frame_number(page: Page) -> int:
     return int(page.run("Number((document.getElementById('numbers').textContent.match(/frame (\\d+)/) || [0, 0])[1])"))
 
 
+ATARI = ["NOOP", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "FIRE", "UPFIRE", "j"]
+HELD = {
+    "ArrowUp": "UP",
+    "ArrowUp ArrowRight": "UPRIGHT",
+    "ArrowRight ArrowUp": "UPRIGHT",
+    "KeyA KeyD": "RIGHT",  # of two that exclude each other the one pressed last
+    "KeyS KeyA": "DOWNLEFT",
+    "Space": "FIRE",
+    "ArrowUp Space": "UPFIRE",
+    "ArrowRight Space": "RIGHT",  # RIGHTFIRE is none of its actions
+    "ArrowLeft j": "j",
+    "k": None,
+}
+
+
+def wishes(page: Page, actions: list[str]) -> dict[str, str | None]:
+    """What the page's keys say of keys held together, and after all are up again."""
+    script = """(async () => {
+        const { Keys } = await import("./keys.js"), found = {}, heard = [];
+        const keys = new Keys(name => heard.push(name), {});
+        keys.setActions(ACTIONS);
+        for (const held of HELD) {
+            const say = (kind, code) => dispatchEvent(new KeyboardEvent(kind, { code, key: code }));
+            const press = kind => held.split(" ").forEach(code => say(kind, code));
+            press("keydown"); found[held] = keys.wish(); press("keyup"); found.after = keys.wish();
+        }
+        found.buttons = [...document.querySelectorAll("#more button")].map(button => button.textContent).join(" ");
+        found.hidden = [...document.querySelectorAll("#pad button:disabled")].length;
+        return found; })()"""
+    return page.run(script.replace("ACTIONS", json.dumps(actions)).replace("HELD", json.dumps(list(HELD))))
+
+
 @pytest.mark.slow
 def test_keys_go_in_and_frames_change(run: Path, tmp_path: Path) -> None:  # noqa: F811
     line = [sys.executable, "-m", "rqvae", "play", str(run), "--port", "0", "--fps", "20"]
@@ -60,6 +93,10 @@ def test_keys_go_in_and_frames_change(run: Path, tmp_path: Path) -> None:  # noq
             assert len(obeyed) >= 3, f"the real game beside the dream obeyed {obeyed} of {ARROWS}"
             page.run("document.getElementById('record').click()")
             page.wait("document.getElementById('recorded').textContent.includes('frames')")
+            found = wishes(page, ATARI)
+            assert {held: found[held] for held in HELD} == HELD
+            assert (found["after"], found["buttons"], found["hidden"]) == (None, "FIRE j", 0)
+            assert wishes(page, ["LEFT", "RIGHT"])["hidden"] == 2
             status = "fetch(document.getElementById('dream-zip').href).then(answer => answer.status)"
             assert page.run(status) == 200
             page.wait("document.getElementById('numbers').textContent.includes('keys heard after')")

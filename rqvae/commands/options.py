@@ -13,7 +13,8 @@ from rqvae import remote
 from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
-    from rqvae.img_datasets.interfaces import DataSpec
+    from rqvae.img_datasets.game_frames import GameFrames
+    from rqvae.img_datasets.interfaces import DataSpec, Split
     from rqvae.models.two_stage import TwoStage
 
 
@@ -86,6 +87,21 @@ def refuse_options(
         if getattr(options, name) != parser.get_default(name):
             option = "--" + name.replace("_", "-")
             raise BadInput(f"{option}: expected none beside {beside}, got {getattr(options, name)}")
+
+
+def open_recording(root: str, spec: DataSpec, split: Split) -> GameFrames:
+    """A split of a recording for a world model, with the model's numbers of the actions.
+
+    Raises:
+        BadInput: no recording, or one of another size or of other actions.
+    """
+    from rqvae.img_datasets.game_frames import GameFrames
+
+    names = list(spec.names) or None
+    which: dict[str, Any] = {"size": spec.image_shape[1], "history": spec.history, "num_actions": spec.num_actions}
+    dataset = GameFrames(split, root=root, action_names=names, **which)
+    dataset.open()
+    return dataset
 
 
 def finite_number(text: str) -> float:

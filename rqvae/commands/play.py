@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rqvae.commands.options import Parser, load_world_model
+from rqvae.commands.options import Parser, load_world_model, open_recording, refuse_options
 from rqvae.errors import BadInput
+from rqvae.files import read_json
 
 if TYPE_CHECKING:
     from rqvae.backends import Backend
     from rqvae.models.interfaces import DataSpec
+    from rqvae.models.two_stage import TwoStage
     from rqvae.play.session import World
 
 
@@ -25,6 +27,9 @@ def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae play", description=__doc__)
     own.add_argument("model", metavar="RUN|NAME", help="run folder, exported folder or shipped name")
+    own.add_argument(
+        "--recording", metavar="DIR", help="begin from its test split, without a game beside: for games of others"
+    )
     own.add_argument("--host", default="127.0.0.1", help="loopback by default: whoever reaches the port can play")
     own.add_argument("--port", type=int, default=8765, help="0 takes any free one")
     own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
@@ -45,34 +50,48 @@ def parser() -> Parser:
 def run(arguments: Sequence[str]) -> int:
     """Serve the page until Ctrl-C, or write it as a folder."""
     options = parser().parse_args(list(arguments))
+    if options.recording:
+        refuse_options(parser(), options, ("ghosts",), f"--recording {options.recording}")
     if options.static is not None:
         return _write_site(options)
     if options.onnxruntime_web is not None:
         raise BadInput("--onnxruntime-web: expected --static OUT beside it")
 
     from rqvae import backends
-    from rqvae.games.maze_chase import MazeChase
     from rqvae.play.server import PlayLimits, make_app
-    from rqvae.play.session import World
-    from rqvae.play.starts import starts_of_game
-    from rqvae.trainers.dream import model_numbers
 
     limits = PlayLimits(options.fps, options.sessions)
     listener = _listen(options.host, options.port)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
         spec, two_stage = load_world_model(options.model)
-        game = MazeChase(spec.image_shape[1], options.ghosts)
         two_stage.to(backend.device)
-        starts = starts_of_game(game, spec.history)
-        numbers = model_numbers(spec.names, game.action_names)
-        world = World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
+        world = _world(options, spec, two_stage)
         _prepare(options, world, spec, backend)
         _serve(make_app(world, limits), listener)
     finally:
         backend.close()
         listener.close()
     return 0
+
+
+def _world(options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage) -> World:
+    """The model with the maze beside it; of a recording's game the model alone."""
+    from rqvae.games.maze_chase import MazeChase
+    from rqvae.play.session import World
+    from rqvae.play.starts import starts_of_game, starts_of_recording
+    from rqvae.trainers.dream import model_numbers
+
+    if options.recording:
+        recording = open_recording(options.recording, spec, "test")
+        return World(two_stage, spec.num_actions, recording.action_names, starts_of_recording(recording, spec.history))
+    try:
+        numbers = model_numbers(spec.names, MazeChase.action_names)
+    except BadInput as error:
+        raise BadInput(f"{options.model}: {error}; play it with --recording DIR, frames of its own game") from None
+    game = MazeChase(spec.image_shape[1], options.ghosts)
+    starts = starts_of_game(game, spec.history)
+    return World(two_stage, spec.num_actions, game.action_names, starts, game, numbers)
 
 
 def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend: Backend) -> None:
@@ -94,18 +113,18 @@ def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend:
 
 def _write_site(options: argparse.Namespace) -> int:
     """Write the folder that needs no server of ours."""
-    from rqvae.games.maze_chase import MazeChase
-    from rqvae.play.starts import numbered, starts_of_game
+    from rqvae.play.starts import numbered
     from rqvae.play.static_site import find_runtime, write_site
-    from rqvae.trainers.dream import model_numbers
 
     runtime = find_runtime(options.onnxruntime_web)
     spec, two_stage = load_world_model(options.model)
-    game = MazeChase(spec.image_shape[1], options.ghosts)
-    numbers = model_numbers(spec.names, game.action_names)
-    starts = numbered(starts_of_game(game, spec.history), numbers)
-    names = tuple(name for _, name in sorted(zip(numbers, game.action_names, strict=True)))
+    world = _world(options, spec, two_stage)
+    numbers = world.numbers or tuple(range(spec.num_actions))
+    names = tuple(name for _, name in sorted(zip(numbers, world.action_names, strict=True)))
+    starts = numbered(world.starts, numbers)
     write_site(options.static, two_stage.eval(), spec, names=names, starts=starts, runtime=runtime)
+    if options.recording:  # its frames are in the folder
+        sys.stdout.write(f"{read_json(Path(options.recording) / 'meta.json').get('licence', '')}\n")
     sys.stdout.write(f"{options.static}: play it from any server of files, for example: ")
     sys.stdout.write(f"{Path(sys.executable).name} -m http.server --directory {options.static}\n")
     return 0

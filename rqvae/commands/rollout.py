@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, find_solver, load_world_model, numbers, refuse_options
+from rqvae.commands.options import Parser, find_solver, load_world_model, numbers, open_recording, refuse_options
 from rqvae.files import write_whole
 
 if TYPE_CHECKING:
@@ -117,14 +117,9 @@ def _on_recording(
     options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage, sampler: Sampler, count: Callable[[int], None]
 ) -> Judge:
     """The evaluation on the test split of a recording; its mean frame is the train split's."""
-    from rqvae.img_datasets.game_frames import GameFrames
     from rqvae.trainers.rollout import Dreamer, evaluate_recording
 
-    which = {"root": options.recording, "size": spec.image_shape[1], "history": spec.history}
-    which |= {"num_actions": spec.num_actions, "action_names": list(spec.names) or None}
-    train, test = GameFrames("train", **which), GameFrames("test", **which)
-    train.open()
-    test.open()
+    train, test = (open_recording(options.recording, spec, split) for split in ("train", "test"))
     dreamer = Dreamer(two_stage, spec.num_actions, None, sampler, options.batch_size, count)
     return partial(evaluate_recording, dreamer, test, train.mean_frame())
 

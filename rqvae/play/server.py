@@ -106,6 +106,10 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
     def page() -> str:
         return files("rqvae.play").joinpath("page.html").read_text()
 
+    @app.get("/keys.js")
+    def keys() -> Response:
+        return Response(files("rqvae.play").joinpath("keys.js").read_text(), media_type="text/javascript")
+
     _add_downloads(app, players, turn)
 
     @app.websocket("/play")

@@ -27,8 +27,6 @@ Frame = npt.NDArray[np.uint8]
 KEPT = 900
 """Frames that a session keeps for its GIF: a minute at 15 frames a second."""
 
-NOOP = 0
-
 ENDLESS = 10**9
 """Steps and lives of the game beside: a dream does not end, so the game it is compared with should not."""
 
@@ -52,6 +50,12 @@ class World:
     starts: Starts
     game: MazeChase | None = None
     numbers: tuple[int, ...] | None = None
+
+    @property
+    def idle(self) -> int:
+        """What is played while no key is down: NOOP; in a game without it the null action, `num_actions`."""
+        names = self.action_names
+        return names.index("NOOP") if "NOOP" in names else self.num_actions
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Session:
     _dream: Dream = field(init=False)
     _game: MazeChase | None = field(default=None, init=False)
     _real: Frame | None = field(default=None, init=False)
-    _held: int = field(default=NOOP, init=False)
+    _held: int = field(init=False)
     _pressed: int | None = field(default=None, init=False)
     _count: int = field(default=0, init=False)
     history: deque[tuple[Frame, int]] = field(init=False)
@@ -111,7 +115,7 @@ class Session:
         past = torch.tensor([[self._number(int(action)) for action in start.actions]], device=device)
         self._dream = Dream.begin(self.world.two_stage, frames.to(device), past, self.world.num_actions)
         self.seed, self._count, self._real = seed, 0, None
-        self.history = deque([(start.frames[-1], NOOP)], maxlen=KEPT)
+        self.history = deque([(start.frames[-1], self.world.idle)], maxlen=KEPT)
         self._game, game = None, self.world.game
         if game is not None and start.state is not None:
             self._game = MazeChase(game.size, game.num_ghosts, ENDLESS, maze_seed=game.maze[1], lives=ENDLESS)
@@ -121,7 +125,14 @@ class Session:
         self.record(self._records)
 
     def record(self, on: bool) -> None:
-        """Keep what is played from now on as an episode of a recording, of the dream and of the real game; or stop."""
+        """Keep what is played from now on as an episode of a recording, of the dream and of the real game; or stop.
+
+        Raises:
+            BadInput: a game without an action for steps in which no key is down.
+        """
+        if on and self.world.idle == self.world.num_actions:
+            known = ", ".join(self.world.action_names)
+            raise BadInput(f"record: expected a game with an action NOOP, which a step without a key has, got {known}")
         self._records = on
         now = {"dream": self.history[-1][0], "real": None if self._game is None else self._game.render()}
         for what, frame in now.items():
@@ -142,7 +153,7 @@ class Session:
 
     def release(self) -> None:
         """The key is up; an action that no step has played yet still is."""
-        self._held = NOOP
+        self._held = self.world.idle
 
     def set_steps(self, steps: int) -> None:
         """Solver steps of each frame from now on.
@@ -173,7 +184,7 @@ class Session:
         return Tick(dream, self._real, self._count, elapsed)
 
     def _number(self, action: int) -> int:
-        return action if self.world.numbers is None else self.world.numbers[action]
+        return action if self.world.numbers is None else (*self.world.numbers, self.world.num_actions)[action]
 
     def _step_game(self, action: int) -> None:
         self._real = None

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rqvae.games.maze_chase import MazeChase, MazeState
-from rqvae.games.windows import maze_windows
+from rqvae.games.windows import maze_windows, recorded_windows
+from rqvae.trainers.rollout import Recorded
 
 Frames = npt.NDArray[np.uint8]
 
@@ -41,6 +42,17 @@ def starts_of_game(game: MazeChase, history: int) -> Starts:
         own = MazeChase(game.size, game.num_ghosts, game.max_steps, maze_seed=game.maze[1])
         windows = maze_windows(own, 1, history=history, horizon=1, seed=seed)
         return Start(windows.context[0], windows.actions[0, : history - 1], windows.states[0])
+
+    return start
+
+
+def starts_of_recording(recording: Recorded, history: int) -> Starts:
+    """Starts from recorded episodes, without a game; the actions have the recording's numbers."""
+    episodes = [(*recording.episode(k), recording.fresh(k)) for k in range(recording.episodes)]
+
+    def start(seed: int) -> Start:
+        windows = recorded_windows(episodes, 1, history=history, horizon=1, seed=seed)
+        return Start(windows.context[0], windows.actions[0, : history - 1])
 
     return start
 

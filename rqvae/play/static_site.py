@@ -102,7 +102,7 @@ def write_site(
         "steps": own.steps,
     }
     write_whole(out / "world.json", json.dumps(facts))
-    for name, here in {"static.html": "index.html", "dream.js": "dream.js"}.items():
+    for name, here in {"static.html": "index.html", "dream.js": "dream.js", "keys.js": "keys.js"}.items():
         write_whole(out / here, files("rqvae.play").joinpath(name).read_bytes())
     for name, here in RUNTIME.items():
         shutil.copyfile(runtime / name, out / here)
