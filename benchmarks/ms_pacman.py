@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/ms_pacman"))
     parser.add_argument("--frames", type=int, default=40000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--starts", type=int, default=48)
     parser.add_argument("--horizon", type=int, default=16)
     parser.add_argument("--run", type=Path, help="a trained run, in the place of a new one")

@@ -225,6 +225,32 @@ def test_a_safe_action_is_never_the_last() -> None:
     assert checked > 40
 
 
+@pytest.mark.parametrize("ghosts", [1, 2])
+def test_whether_ghosts_may_catch_is_what_they_do_in_many_games(ghosts: int) -> None:
+    """Three steps with an action held, against 200 forks with other random numbers."""
+    game, answers, distances = MazeChase(num_ghosts=ghosts), [], find_distances(MazeChase().ways)
+    for seed in range(40):
+        game.reset(seed)
+        rng, player = np.random.default_rng(seed), game.clone_state().player
+        near = [cell for cell, steps in distances[player].items() if 1 <= steps <= 3]
+        cells = tuple(int(rng.choice(near)) for _ in range(ghosts))
+        headings = tuple(int(rng.choice(list(game.ways[cell]))) for cell in cells)
+        for left in (0, 3):
+            forked = replace(game.clone_state(), ghosts=cells, headings=headings, frightened=(left,) * ghosts)
+            action, ended = int(rng.integers(5)), False
+            game.restore_state(forked)
+            answer = game.may_be_caught([action] * 3)
+            assert game.clone_state() == forked
+            for k in range(200):
+                game.restore_state(replace(forked, generator=np.random.PCG64(k).state))
+                frames_of(game, [action] * 3)
+                ended |= game.clone_state().caught > 0
+            game.restore_state(forked)
+            assert answer == ended
+            answers.append(answer)
+    assert min(answers.count(True), answers.count(False)) > 12
+
+
 def test_frame_shows_the_state() -> None:
     game = MazeChase(size=64, num_ghosts=4, seed=2)
     for action in (0, *random_actions(4, 12)):

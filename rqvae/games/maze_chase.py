@@ -9,7 +9,7 @@ token of a patch-4 model is one cell of the maze.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -233,6 +233,37 @@ class MazeChase:
             return True
         chasing = [ghost for ghost, left in zip(self._ghosts, self._frightened, strict=True) if not left]
         return not any(ghost == there or there in self.ways[ghost].values() for ghost in chasing)
+
+    def may_be_caught(self, actions: Sequence[int]) -> bool:
+        """Whether the ghosts could catch the player while it plays `actions`, whatever they draw. Changes nothing."""
+        before, caught = self.clone_state(), False
+        # what each ghost may be by now: cell, heading, steps it still flees
+        ghosts = [{each} for each in zip(self._ghosts, self._headings, self._frightened, strict=True)]
+        for action in actions:
+            came_from = self._player
+            self._facing, self._player = self._after(action)
+            if self._dots[self._player] == 2:
+                ghosts = [{(cell, heading, self.fright) for cell, heading, _ in each} for each in ghosts]
+            self._dots[self._player] = 0
+            moved = [[self._moves(*one, came_from) for one in each] for each in ghosts]
+            caught |= any(danger for each in moved for _, danger in each)
+            ghosts = [set().union(*(after for after, _ in each)) for each in moved]
+        self.restore_state(before)
+        return caught
+
+    def _moves(self, cell: int, heading: int, left: int, came_from: int) -> tuple[set[tuple[int, int, int]], bool]:
+        """What a ghost may be after a step of the player, and whether it may catch it: the rules of `_move_ghosts`."""
+        ways = self.ways[cell]
+        moves = {(cell, heading)} if left % 2 else {(ways[d], d) for d in ways if d != OPPOSITE[heading]}
+        after, danger = set(), False
+        for there, towards in moves:
+            met = there == self._player or (there == came_from and cell == self._player)
+            danger |= met and not left
+            if met and left:
+                after.add((max(self._open, key=lambda c: (self._distance(c), c)), NOOP, 0))
+            else:
+                after.add((there, towards, max(0, left - 1)))
+        return after, danger
 
     def food_distance(self, action: int) -> int:
         """Steps that `action` and the shortest way from there to something to eat take; cells ** 2 where none is."""

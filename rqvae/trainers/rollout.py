@@ -87,7 +87,9 @@ def control(
 
     From the state of each window's last context frame the real game is forked once an action. A turn into an open way,
     other than straight on, is executed when the player is seen in the true cell after each step; a turn into a wall is
-    refused by the same rule, as the real player goes on. Forks that end the episode within three steps are left out.
+    refused by the same rule, as the real player goes on. Left out are forks that end the episode within three steps and
+    those in which the ghosts could catch the player by other draws: a dream's ghosts draw for themselves, so that where
+    its player then is says nothing of whether it obeys.
 
     Returns:
         `open_turns`, `blocked_refused`, `straight_on` (NOOP) and `open_turns_null`: the share of open turns that happen
@@ -118,6 +120,8 @@ def _cases(windows: Windows, game: MazeChase) -> list[_Case]:
     for n, state in enumerate(windows.states):
         for action in range(len(game.action_names)):
             game.restore_state(state)
+            if game.may_be_caught([action] * HELD):
+                continue
             cells: list[int] = []
             while len(cells) < HELD and not game.clone_state().over:
                 game.step(action)
