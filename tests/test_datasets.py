@@ -86,13 +86,13 @@ def test_no_frame_is_in_two_splits(recording: Path) -> None:
     assert sets["test"] == raw["test"] - raw["train"] - raw["val"]
 
 
-def write_recording(root: Path, episodes: list[list[int]]) -> None:
-    """A recording by hand, of 32-pixel frames of one grey level each."""
+def write_recording(root: Path, episodes: list[list[int]], action: int = 0, missing: int = 0) -> None:
+    """A recording by hand, of 32-pixel frames of one grey level each; `missing` episodes are not counted."""
     levels = np.array([level for rows in episodes for level in rows], dtype=np.uint8)
     frames = np.broadcast_to(levels[:, None, None, None], (len(levels), 32, 32, 3))
     episode = np.repeat(np.arange(len(episodes), dtype=np.int32), [len(rows) for rows in episodes])
     np.savez_compressed(
-        root / "shard-00000.npz", frames=frames, action=np.zeros(len(levels), np.int16), episode=episode
+        root / "shard-00000.npz", frames=frames, action=np.full(len(levels), action, np.int16), episode=episode
     )
     content = (root / "shard-00000.npz").read_bytes()
     sha256 = hashlib.sha256(content).hexdigest()
@@ -101,11 +101,23 @@ def write_recording(root: Path, episodes: list[list[int]]) -> None:
         "schema": 1,
         "size": 32,
         "seed": 0,
-        "episodes": len(episodes),
+        "episodes": len(episodes) - missing,
         "action_names": [*"abcde"],
         "shards": [shard],
     }
     (root / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"action": 5}, "action: expected 0 to 4, got 5"), ({"action": -1}, "action: expected 0 to 4, got -1"),
+     ({"missing": 1}, "episode: expected 0 to 2, got 3")],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(wrong: dict[str, int], words: str, tmp_path: Path) -> None:
+    """An action of -1 would be the last one's vector."""
+    write_recording(tmp_path, [[1, 2, 3, 4]] * 4, **wrong)
+    with pytest.raises(BadInput, match=rf"shard-00000\.npz: {words}"):
+        opened("train", tmp_path)
 
 
 def test_frames_of_several_splits_stay_in_the_first(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import struct
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rqvae.diffusion import dpm_solver_pp_2m, euler, heun, renoise
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
 from rqvae.img_datasets.game_frames import GameFrames
@@ -129,6 +131,21 @@ def test_the_real_game_goes_on_when_the_player_is_caught() -> None:
     raise AssertionError("nobody was caught")
 
 
+@pytest.mark.parametrize("solver", [euler, renoise, heun, dpm_solver_pp_2m])
+def test_a_player_chooses_the_solver(solver: Any) -> None:
+    """A frame is what the model gives with that sampler as its own."""
+    session, other = Session(make_world(), seed=2), make_world()
+    session.set_solver(solver.__name__)
+    session.set_steps(3)
+    other.two_stage.stage2.sampler = replace(other.two_stage.stage2.sampler, solver=solver, steps=3)
+    expected = Session(other, seed=2)
+    for _ in range(2):
+        assert np.array_equal(session.tick().dream, expected.tick().dream)
+    session.set_solver(None)
+    with pytest.raises(BadInput, match="solver: expected null or one of euler, heun"):
+        session.set_solver("fly")
+
+
 def test_a_reset_begins_the_same_dream_again() -> None:
     session = Session(make_world(), seed=5)
     first = [session.tick().dream for _ in range(3)]
@@ -225,6 +242,7 @@ def test_the_socket_streams_and_takes_keys(client: TestClient) -> None:
         while not (message := browser.receive()).get("text"):
             pass
         assert json.loads(message["text"]) == {"pong": 12.5}
+        browser.send_json({"solver": "renoise"})
         browser.send_json({"press": 9})
         browser.send_text("no json")
         browser.send_json({"fly": 1})

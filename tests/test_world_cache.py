@@ -106,10 +106,13 @@ def test_training_on_a_cache_is_training_on_frames(recording: Path, tmp_path: Pa
     dataset.open()
     assert frames == len(dataset)
     capfd.readouterr()
+    compares = ["--stage2.init_args.loss_space", "both"]
+    assert cli(*line, "--project", "refused", *named, *compares) == 2
+    assert "data.dataset vae: expected null for a Stage2 that noises or compares pixels" in capfd.readouterr().err
     refused = {
         "expected latents of the Stage1 weights": ["--stage1_checkpoint", other],
         "expected null, as data.dataset vae names": ["--data.latents", cache],
-        "expected null for a Stage2 that noises pixels": ["--stage2.init_args.workflow", "pixel"],
+        "expected null for a Stage2 that noises or compares pixels": ["--stage2.init_args.workflow", "pixel"],
     }
     for words, more in refused.items():
         assert cli(*line, "--project", "refused", *named, *more) == 2

@@ -97,6 +97,24 @@ def test_the_model_of_the_package_knows_the_game(tmp_path: Path, cli) -> None:
     assert rqvae.load("maze-chase").spec.names == MazeChase(32).action_names
 
 
+def test_the_card_of_the_package_shows_the_measured_scores() -> None:
+    """What the benchmark printed and keeps, and the gates that the model was to pass."""
+    scores = json.loads((ROOT / "benchmarks" / "results" / "maze_chase_scores.json").read_text())["figures"]
+    card = (shipped.folder("maze-chase") / "README.md").read_text()
+    one_step = scores["one_step"]
+    assert one_step["psnr_moving"] >= one_step["copy_last_moving"] + 10
+    gates = {"open_turns": 0.95, "blocked_refused": 0.88}
+    shown = [f"{one_step['psnr']:.2f} (", f"{one_step['psnr_moving']:.2f} ("]
+    for value, gate in [
+        *((scores[key], gate) for key, gate in gates.items()),
+        (scores["player_visible"]["64"], 0.95),
+        (scores["ghosts_visible"]["64"], 0.80),
+    ]:
+        assert value >= gate
+        shown.append(f"| {value:.3f} (")
+    assert all(text in card for text in shown)
+
+
 def test_play_serves_a_browser_and_ends_with_ctrl_c() -> None:
     """The command itself: a port of its own, frames over a real socket, keys, and an end without a trace."""
     client = pytest.importorskip("websockets.sync.client")

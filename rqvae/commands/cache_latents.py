@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from rqvae.commands.options import Parser, check_world_size
+from rqvae.commands.options import Parser, check_world_size, thread_count
 
 if TYPE_CHECKING:
     from rqvae.img_datasets.interfaces import Split
@@ -28,7 +28,7 @@ def parser() -> Parser:
     own.add_argument("--batch-size", type=int, default=32, help="images of one forward")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
     return own
 
 

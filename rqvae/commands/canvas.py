@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, thread_count
 
 
 def parser() -> Parser:
@@ -24,7 +24,7 @@ def parser() -> Parser:
     own.add_argument("--seed", type=int, default=0, help="of noise and shifts")
     own.add_argument("--batch-size", type=int, default=16, help="tiles of one call of the model")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads")
     return own
 
 

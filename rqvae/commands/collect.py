@@ -42,6 +42,10 @@ def run(arguments: Sequence[str]) -> int:
     if recorded:
         names = ("frames", "policy", "ghosts", "lives", "skip", "max_steps")
         refuse_options(parser(), options, names, f"the folder {folder}")
+    elif options.env == MAZE:
+        refuse_options(parser(), options, ("skip",), MAZE)
+    else:
+        refuse_options(parser(), options, ("policy", "ghosts", "lives"), options.env)
     total = None if recorded else options.frames
     with tqdm(total=total, desc=f"collect {folder.name}", unit="frame", delay=0.2) as bar:
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser
+from rqvae.commands.options import Parser, thread_count
 
 
 def parser() -> Parser:
@@ -14,7 +14,7 @@ def parser() -> Parser:
     own = Parser("rqvae demo", description=__doc__)
     own.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder of all that it makes")
     # at this size a second OpenMP thread costs more than it gives: 9.5 it/s against 14 with one
-    own.add_argument("--threads", type=int, default=1, help="OpenMP threads of each part")
+    own.add_argument("--threads", type=thread_count, default=1, help="OpenMP threads of each part")
     own.add_argument("--frames", type=int, default=20_000, help="frames to record")
     own.add_argument("--starts", type=int, default=24, help="real windows a seed that scored dreams begin from")
     return own

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser, config_files
+from rqvae.commands.options import Parser, config_files, thread_count
 
 
 def parser() -> Parser:
@@ -28,7 +28,7 @@ def parser() -> Parser:
     own.add_argument("--batch-size", type=int, default=8, help="images of a batch")
     own.add_argument("--max-images", type=int, default=0, metavar="N", help="of the split; 0, the default, is all")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads")
     return own
 
 

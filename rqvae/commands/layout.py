@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser, folder_at
+from rqvae.commands.options import Parser, folder_at, thread_count
 
 
 def parser() -> Parser:
@@ -25,7 +25,7 @@ def parser() -> Parser:
     own.add_argument("--seed", type=int, default=0, help="of the segmenter and of the samples")
     own.add_argument("--json", type=Path, metavar="FILE", help="write the scores there too")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads")
     return own
 
 

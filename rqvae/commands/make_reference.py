@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser, check_world_size, json_object
+from rqvae.commands.options import Parser, check_world_size, json_object, thread_count
 
 
 def parser() -> Parser:
@@ -33,7 +33,7 @@ def parser() -> Parser:
     own.add_argument("--batch-size", type=int, default=50, help="images of one forward, on each rank")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
     return own
 
 

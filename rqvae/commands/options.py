@@ -64,7 +64,7 @@ def add_job_options(parser: Parser) -> None:
     parser.add_argument("--resume-ckpt", help="run or checkpoint folder, or URL, to start from, full state")
     parser.add_argument("--resume-wandb-id", help="Weights & Biases id to go on with")
     parser.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    parser.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    parser.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
 
 
 def config_files(options: argparse.Namespace) -> list[str]:
@@ -113,6 +113,13 @@ def finite_number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
     return value
+
+
+def thread_count(text: str) -> int:
+    """The value of --threads."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a number of threads, 0 for torch's choice, got {text}")
+    return int(text)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -7,9 +7,17 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, load_world_model, open_recording, refuse_options
+from rqvae.commands.options import (
+    Parser,
+    find_solver,
+    finite_number,
+    load_world_model,
+    open_recording,
+    refuse_options,
+    thread_count,
+)
 from rqvae.errors import BadInput
 from rqvae.files import read_json
 
@@ -32,9 +40,11 @@ def parser() -> Parser:
     )
     own.add_argument("--host", default="127.0.0.1", help="loopback by default: whoever reaches the port can play")
     own.add_argument("--port", type=int, default=8765, help="0 takes any free one")
-    own.add_argument("--fps", type=float, default=15.0, help="most frames a second")
+    own.add_argument("--fps", type=finite_number, default=15.0, help="most frames a second")
     own.add_argument("--sessions", type=int, default=4, help="most players at once")
-    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze: as many as the recording had")
+    own.add_argument("--steps", type=int, help="solver steps; the model's own by default")
+    own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers; the page offers some too")
     own.add_argument(
         "--static", type=Path, metavar="OUT", help="write a folder that plays in a browser from any server of files"
     )
@@ -43,7 +53,9 @@ def parser() -> Parser:
     )
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
     own.add_argument("--runtime", choices=("torch", "compiled", "onnx"), default="torch", help=RUNTIMES)
-    own.add_argument("--threads", type=int, default=1, help="OpenMP threads; at batch 1 a second one does not help")
+    own.add_argument(
+        "--threads", type=thread_count, default=1, help="OpenMP threads; at batch 1 a second one does not help"
+    )
     return own
 
 
@@ -64,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     listener = _listen(options.host, options.port)
     backend = backends.create(backends.choose(options.backend), threads=options.threads)
     try:
-        spec, two_stage = load_world_model(options.model)
+        spec, two_stage = _model(options)
         two_stage.to(backend.device)
         world = _world(options, spec, two_stage)
         _prepare(options, world, spec, backend)
@@ -73,6 +85,16 @@ def run(arguments: Sequence[str]) -> int:
         backend.close()
         listener.close()
     return 0
+
+
+def _model(options: argparse.Namespace) -> tuple[DataSpec, TwoStage]:
+    """The model with the sampler that is asked for as its own."""
+    from rqvae.api import change_sampler
+
+    spec, two_stage = load_world_model(options.model)
+    stage2: Any = two_stage.stage2
+    stage2.sampler = change_sampler(two_stage, steps=options.steps, solver=find_solver(options.solver))
+    return spec, two_stage
 
 
 def _world(options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage) -> World:
@@ -97,6 +119,7 @@ def _world(options: argparse.Namespace, spec: DataSpec, two_stage: TwoStage) -> 
 def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend: Backend) -> None:
     """What --runtime asks for, and the first frame, before anybody plays."""
     from rqvae.models.stage2.diffusion import LatentDiffusion
+    from rqvae.models.stage2.world_backbones import CausalBackbone
     from rqvae.play.onnx_runtime import use_onnx
     from rqvae.play.session import Session
 
@@ -107,7 +130,9 @@ def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend:
     if options.runtime == "onnx":
         use_onnx(world.two_stage.cpu(), spec, options.threads)
     else:
-        backend.compile(world.two_stage.stage2.backbone)
+        backbone = world.two_stage.stage2.backbone
+        # of windows of frames the network itself is called, for the context and for each step
+        backend.compile(backbone.network if isinstance(backbone, CausalBackbone) else backbone)
     Session(world).tick()
 
 
@@ -117,7 +142,7 @@ def _write_site(options: argparse.Namespace) -> int:
     from rqvae.play.static_site import find_runtime, write_site
 
     runtime = find_runtime(options.onnxruntime_web)
-    spec, two_stage = load_world_model(options.model)
+    spec, two_stage = _model(options)
     world = _world(options, spec, two_stage)
     numbers = world.numbers or tuple(range(spec.num_actions))
     names = tuple(name for _, name in sorted(zip(numbers, world.action_names, strict=True)))

@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, find_solver, load_world_model, numbers, open_recording, refuse_options
+from rqvae.commands.options import (
+    Parser,
+    find_solver,
+    load_world_model,
+    numbers,
+    open_recording,
+    refuse_options,
+    thread_count,
+)
 from rqvae.files import write_whole
 
 if TYPE_CHECKING:
@@ -33,7 +41,7 @@ def parser() -> Parser:
     own.add_argument("--starts", type=int, default=48, help="real windows a seed to dream on from")
     own.add_argument("--horizon", type=int, default=64, help="frames of the longest dream")
     own.add_argument("--seeds", type=numbers, default=(0, 1, 2), metavar="S[,S...]", help="of windows and noise")
-    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze")
+    own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze: as many as the recording had")
     own.add_argument("--steps", type=int, help="solver steps; the model's own by default")
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
     own.add_argument("--batch-size", type=int, default=64, help="windows of one call of the model, on each rank")
@@ -42,7 +50,7 @@ def parser() -> Parser:
     own.add_argument("--lpips-weights", metavar="FILE|URL", help="AlexNet of torchvision; adds LPIPS")
     own.add_argument("--extractor", help="inception, random-vgg16 or a class path; adds a Fréchet distance of frames")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
     return own
 
 

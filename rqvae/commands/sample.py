@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rqvae.commands.options import Parser, check_world_size, find_solver, finite_number, folder_at, numbers
+from rqvae.commands.options import (
+    Parser,
+    check_world_size,
+    find_solver,
+    finite_number,
+    folder_at,
+    numbers,
+    thread_count,
+)
 from rqvae.errors import BadInput
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ def parser() -> Parser:
     own.add_argument("--compile-plan", metavar="FILE", help="compile_plan.yaml that `diagnose` wrote, for Stage1")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
     own.add_argument("--backend", help="a name of the README's table; RQVAE_BACKEND or automatic by default")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
     return own
 
 

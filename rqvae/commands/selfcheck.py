@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rqvae.commands.options import Parser, check_world_size
+from rqvae.commands.options import Parser, check_world_size, thread_count
 
 
 def parser() -> Parser:
@@ -15,7 +15,7 @@ def parser() -> Parser:
     own.add_argument("backend", metavar="BACKEND", help="as --backend of train: cpu, cuda ...")
     own.add_argument("--world-size", type=int, default=1, help="processes on this host")
     own.add_argument("--json", type=Path, metavar="OUT", help="write the figures as JSON, to be pasted into an issue")
-    own.add_argument("--threads", type=int, default=0, help="OpenMP threads of a process")
+    own.add_argument("--threads", type=thread_count, default=0, help="OpenMP threads of a process")
     return own
 
 

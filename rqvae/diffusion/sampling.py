@@ -22,9 +22,9 @@ class Sampler:
     """A way to sample.
 
     Args:
-        solver: a function of `rqvae.diffusion.solvers` by its name (`euler`, `heun`, `dpm_solver_pp_2m`, `renoise`),
-            or a class with settings (`DDIM`, `EulerMaruyama`), or your own by its import path: `(denoise, x, times,
-            noise) -> (x, nfe)`.
+        solver: by its import path: a function of `rqvae.diffusion` (`rqvae.diffusion.euler`, `heun`,
+            `dpm_solver_pp_2m`, `renoise`), a class with settings (`DDIM`, `EulerMaruyama`), or your own: `(denoise, x,
+            times, noise) -> (x, nfe)`.
         steps: steps from noise to data, >= 1.
         shift: > 0; above 1 spends more steps near the noise (`rqvae.diffusion.timesteps.sampling_times`).
         guidance: none, or for example `ClassifierFree`, `Interval`, `Autoguidance`.

@@ -104,7 +104,8 @@ class GameFrames(LabeledImageDataset):
 
         Raises:
             BadInput: no recording in `root`, one of another size or number of actions, a shard that is missing or not
-                the one that was recorded, a history as long as the longest episode, or a split without frames.
+                the one that was recorded, an action or an episode out of range, a history as long as the longest
+                episode, or a split without frames.
         """
         meta = self._read_meta()
         shards = meta["shards"]
@@ -115,6 +116,9 @@ class GameFrames(LabeledImageDataset):
             table = _read_shard(self.root / shard["file"], shard, self.size)
             hashes.append(_hash_frames(table["frames"]))
             episodes.append(table["episode"])
+            where = f"{self.root / shard['file']}"
+            _check_range(table["episode"], meta["episodes"], f"{where}: episode")
+            _check_range(table["action"], self.num_actions, f"{where}: action")
             mine = np.array([rank[k] == self.split for k in table["episode"]])
             frames.append(table["frames"][mine])
             actions.append(table["action"][mine])
@@ -290,6 +294,13 @@ def rank_split(seed: int, episodes: int) -> dict[int, Split]:
     order = sorted(range(episodes), key=lambda k: fold(seed, "split", k))
     part = max(1, round(0.05 * episodes))
     return {k: "test" if i < part else "val" if i < 2 * part else "train" for i, k in enumerate(order)}
+
+
+def _check_range(numbers: npt.NDArray[Any], count: int, what: str) -> None:
+    """BadInput unless all are in [0, count)."""
+    wrong = numbers[(numbers < 0) | (numbers >= count)]
+    if len(wrong):
+        raise BadInput(f"{what}: expected 0 to {count - 1}, got {wrong[0]}")
 
 
 def _hash_frames(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:

@@ -237,10 +237,12 @@ class Stage2Model(nn.Module):
     """A generator of latents. Built from shapes: `stage2 = config.stage2(latent_shape, data_spec)`.
 
     `in_pixels` says that what it noises and generates are pixels (3, H, W) in [-1, 1], and its latents are its own
-    affair: it then encodes and decodes with what `attach` gives it.
+    affair: it then encodes and decodes with what `attach` gives it. `needs_images` says that its loss reads the images
+    too, which a cache of latents has not.
     """
 
     in_pixels: bool = False
+    needs_images: bool = False
 
     def attach(self, codec: Codec) -> None:
         """Take the frozen autoencoder, for a model that works through it; called once, by `TwoStage`.

@@ -1,10 +1,10 @@
 """The page and its WebSocket: the server streams frames at a capped rate, keys are sent and forgotten.
 
 The protocol: the browser sends JSON `{"press": action}`, `{"release": true}`, `{"reset": seed}`, `{"steps": n}`,
-`{"pause": true|false}`, `{"record": true|false}`, `{"ping": n}`. The server first sends JSON with the world's facts,
-then for every frame one binary message: a JSON header, its length in four bytes (big-endian) before it, the dream as
-PNG, and the real game as PNG where there is one. A ping is answered by `{"pong": n}` between two frames, where keys are
-heard too; what the server refuses by `{"error": words}`.
+`{"solver": name|null}`, `{"pause": true|false}`, `{"record": true|false}`, `{"ping": n}`. The server first sends JSON
+with the world's facts, then for every frame one binary message: a JSON header, its length in four bytes (big-endian)
+before it, the dream as PNG, and the real game as PNG where there is one. A ping is answered by `{"pong": n}` between
+two frames, where keys are heard too; what the server refuses by `{"error": words}`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import struct
 import time
 from collections import deque
@@ -45,7 +46,7 @@ class PlayLimits:
     sessions: int = 4
 
     def __post_init__(self) -> None:
-        if self.fps <= 0 or self.sessions < 1:
+        if not 0 < self.fps < math.inf or self.sessions < 1:
             raise BadInput(f"--fps, --sessions: expected > 0 and >= 1, got {self.fps}, {self.sessions}")
 
 
@@ -69,6 +70,8 @@ class _Player:
                 raise BadInput(f"message: expected an object with one order such as press, got {message[:80]}")
             name, value = next(iter(order.items()))
             if name == "ping":
+                if not math.isfinite(value):
+                    raise BadInput(f"ping: expected a finite number, got {value}")
                 return {"pong": float(value)}
             self._do(name, value)
         except (BadInput, ValueError, TypeError, OverflowError) as error:
@@ -82,6 +85,7 @@ class _Player:
             "release": session.release,
             "reset": lambda: session.reset(int(value)),
             "steps": lambda: session.set_steps(int(value)),
+            "solver": lambda: session.set_solver(value),
             "pause": lambda: setattr(self, "paused", bool(value)),
             "record": lambda: session.record(bool(value)),
         }

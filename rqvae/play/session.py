@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from rqvae.diffusion import dpm_solver_pp_2m, euler, heun, renoise
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
 from rqvae.metrics.animations import gif_bytes
@@ -26,6 +27,9 @@ Frame = npt.NDArray[np.uint8]
 
 KEPT = 900
 """Frames that a session keeps for its GIF: a minute at 15 frames a second."""
+
+SOLVERS = {solver.__name__: solver for solver in (euler, heun, dpm_solver_pp_2m, renoise)}
+"""What a player can choose; `renoise` draws new noise in each of its steps."""
 
 ENDLESS = 10**9
 """Steps and lives of the game beside: a dream does not end, so the game it is compared with should not."""
@@ -82,11 +86,14 @@ class Session:
     Args:
         world: the model and where to begin.
         seed: of the start and of the noise.
+        steps: of the solver; None is the model's own number.
+        solver: a key of `SOLVERS`; None is the model's own.
     """
 
     world: World
     seed: int = 0
     steps: int | None = None
+    solver: str | None = None
     _dream: Dream = field(init=False)
     _game: MazeChase | None = field(default=None, init=False)
     _real: Frame | None = field(default=None, init=False)
@@ -165,12 +172,23 @@ class Session:
             raise BadInput(f"steps: expected 1 to 50, got {steps}")
         self.steps = steps
 
+    def set_solver(self, name: str | None) -> None:
+        """The solver of each frame from now on; None is the model's own.
+
+        Raises:
+            BadInput: not a key of `SOLVERS`.
+        """
+        if name is not None and name not in SOLVERS:
+            raise BadInput(f"solver: expected null or one of {', '.join(SOLVERS)}, got {name}")
+        self.solver = name
+
     def tick(self) -> Tick:
         """The next frame."""
         action = self._held if self._pressed is None else self._pressed
         self._pressed = None
         sampler: Any = self.world.two_stage.stage2.sampler
-        self._dream.sampler = replace(sampler, steps=self.steps) if self.steps else None
+        changes: dict[str, Any] = {"steps": self.steps, "solver": self.solver and SOLVERS[self.solver]}
+        self._dream.sampler = replace(sampler, **{key: value for key, value in changes.items() if value})
         shape, device = self.world.two_stage.latent_shape, self._dream.context_bkchw.device
         began = time.perf_counter()
         noise = frame_noise(shape, self.seed, 0, self._count)[None].to(device)

@@ -80,8 +80,9 @@ def check(run: AnyRun, world_size: int) -> None:
         check_blocks(two_stage.stage2, run.train)
         check_vis_sampler(run, two_stage)
         stage2_trainer.join_draws(two_stage.stage2.draws(two_stage.latent_shape))
-        if run.data.cache and two_stage.stage2.in_pixels:
-            raise BadInput("data.latents: expected null for a Stage2 that noises pixels, got a cache of latents")
+        if run.data.cache and (two_stage.stage2.in_pixels or two_stage.stage2.needs_images):
+            named = "data.latents" if run.data.latents else "data.dataset vae"
+            raise BadInput(f"{named}: expected null for a Stage2 that noises or compares pixels, got latents")
         open_cache(run.data, run.stage1)
 
 

@@ -88,9 +88,11 @@ class TemporalAttention(nn.Module):
         own = (k, v)
         if before is not None:
             k, v = torch.cat((before[0], k), dim=3), torch.cat((before[1], v), dim=3)
-        bias = self._bias(q.shape[3], visible_bk).to(q.dtype)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.out(mixed.permute(0, 3, 1, 2, 4).flatten(3)), own
+        bias = self._bias(q.shape[3], visible_bk).to(q.dtype).expand(-1, q.shape[1], -1, -1, -1)
+        # four dimensions, as the exporter to ONNX asks
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=bias.flatten(0, 1))
+        return self.out(mixed.unflatten(0, q.shape[:2]).permute(0, 3, 1, 2, 4).flatten(3)), own
 
     def _bias(self, queries: int, visible_bk: Tensor) -> Tensor:
         """(B, 1, H, S, K): the bias of each distance; minus infinity for later, missing, and too early frames."""

@@ -139,6 +139,7 @@ class WorldModel(LatentDiffusion):
         options = {"path": path, "timesteps": timesteps, "sampler": sampler, "drop_condition": drop_condition}
         super().__init__(latent_shape, data_spec, backbone=with_context, prediction=prediction, **options)  # type: ignore[arg-type]
         self.history, self.workflow, self.loss_space = data_spec.history, workflow, loss_space
+        self.needs_images = loss_space != "latent" or workflow == "pixel"
         self.in_pixels, self.rollout_steps = workflow == "pixel", data_spec.rollout_steps
         self.context_noise, self.context_noise_share = context_noise, context_noise_share
         self._codec: Codec | None = None
