@@ -11,6 +11,9 @@ PY := $(VENV)/bin/python
 # Spinning OpenMP threads make a step 10 x slower when the cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
+ONNX := build/onnx
+WEB := build/web
+
 .PHONY: setup demo play test test-all test-torch27 coverage lint docs site figures clean
 setup: $(VENV)/.ready
 
@@ -34,8 +37,20 @@ lint: setup
 test: lint
 	$(PY) -m pytest -n 2 -m "not slow"
 
-test-all: lint test-torch27
-	$(PY) -m pytest -n 2
+test-all: lint test-torch27 $(ONNX)/.ready $(WEB)/.ready
+	PYTHONPATH=$(ONNX) ONNXRUNTIME_WEB=$(WEB)/node_modules/onnxruntime-web $(PY) -m pytest -n 2
+
+# The extra [onnx], beside the environment, which `make test` shows to do without it. What it shares with the environment
+# (numpy, protobuf) is the environment's. The browser's runtime is an npm package; without npm its one test is left out.
+$(ONNX)/.ready: $(VENV)/.ready
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ONNX) \
+		'onnx>=1.17,<2' 'onnxscript>=0.5,<1' onnx-ir 'onnxruntime>=1.20,<2' ml_dtypes flatbuffers coloredlogs humanfriendly
+	touch $@
+
+$(WEB)/.ready:
+	mkdir -p $(WEB)
+	! command -v npm || npm install --silent --no-save --prefix $(WEB) onnxruntime-web@1
+	touch $@
 
 # The oldest torch that is supported, which is Gaudi's: the loop, the models and the backends on 2.7. Only torch and
 # torchvision are other ones (0.8 GB); the rest, CUDA's libraries included, is the environment's.

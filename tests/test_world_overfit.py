@@ -12,6 +12,7 @@ from rqvae.img_datasets.game_frames import GameFrames
 from rqvae.img_datasets.interfaces import DataSpec, LabeledImageData, LabeledImageDatasetWrapper
 from rqvae.img_datasets.transforms import Identity
 from rqvae.models.interfaces import base_connector
+from rqvae.models.stage1.kl_vae import KLVAE
 from rqvae.models.stage1.pixel import PixelStage1
 from rqvae.models.stage2.causal_dit import CausalDiT
 from rqvae.models.stage2.linear_dit import LinearDiT
@@ -23,7 +24,9 @@ WORKFLOWS = {  # the options, and after how many steps
     "latent_concat": ({}, 150),
     "latent_history": ({}, 200),
     "pixel": ({"loss_space": "both"}, 120),
-    "causal": ({"residual": False}, 300),
+    "causal": ({}, 600),
+    "causal, no residual": ({"workflow": "causal", "residual": False}, 300),
+    "pixel, an autoencoder, loss in latents": ({"workflow": "pixel", "loss_space": "latent"}, 200),
     "latent_concat, 2 rollout steps": ({"workflow": "latent_concat"}, 200),
 }
 
@@ -43,6 +46,11 @@ def windows_of_frames(shape: tuple[int, ...], spec: DataSpec) -> torch.nn.Module
     return CausalDiT(shape, spec, depth=1, width=64, heads=2, temporal_heads=2)
 
 
+def autoencoder() -> KLVAE:
+    """A small one of random weights, frozen: its latents are its own, and its gradient is what is learned through."""
+    return KLVAE(latent_channels=4, width=16, multipliers=[1, 2, 2], blocks=1, norm_groups=8).requires_grad_(False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_eight_windows_are_learned(recording: Path, name: str) -> None:
@@ -55,9 +63,11 @@ def test_eight_windows_are_learned(recording: Path, name: str) -> None:
     )
     data.open()
     torch.manual_seed(0)
-    backbone = windows_of_frames if name == "causal" else network
-    world = WorldModel((48, 8, 8), data.spec, backbone=backbone, drop_condition=0.0, **options)
-    model = TwoStage(PixelStage1(4), base_connector(), world, data.spec.image_shape).train()
+    backbone = windows_of_frames if options["workflow"] == "causal" else network
+    stage1 = autoencoder() if "autoencoder" in name else PixelStage1(4)
+    shape = stage1.latent_shape(data.spec.image_shape)
+    world = WorldModel(shape, data.spec, backbone=backbone, drop_condition=0.0, **options)
+    model = TwoStage(stage1, base_connector(), world, data.spec.image_shape).train()
     stream = LabeledImageDatasetWrapper(data, Identity(data.spec), world.draws(model.latent_shape), 0, shuffle=False)
     eight = stream.collate_fn([stream[10 * i] for i in range(8)])
     optimizer, losses = torch.optim.AdamW(world.parameters(), lr=8e-3, weight_decay=0.0), []
