@@ -11,7 +11,12 @@ FIGURES: dict[str, list[list[str]]] = {
     "4": [["dit_compile", "--peer", os.environ.get("DIT", "DiT")]],
     "5": [["ddp_overhead"]],
     "6": [["fid_distance"], ["fid_memory"], ["fid_extraction"], ["fid_resize"], ["fid_jackknife"]],
-    "7": [["play_speed"], ["maze_chase_scores"], ["world_workflows", "--cpu-seconds", "100"], ["ms_pacman"]],
+    "7": [
+        ["play_speed", "--model", "maze-chase"],
+        ["maze_chase_scores"],
+        ["world_workflows", "--cpu-seconds", "100"],
+        ["ms_pacman"],
+    ],
     "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"], ["vae_diagnostic_runs"]],
     "9": [["channel_tracking"]],
     "10": [["pathology"]],

@@ -25,7 +25,7 @@ WORKFLOWS = {  # the options, and after how many steps
     "latent_history": ({}, 200),
     "pixel": ({"loss_space": "both"}, 120),
     # where the context is noise too no window can be told from another: with the default of 0.7 the floor is 6 %
-    "causal": ({"context_noise_share": 0.3}, 500),
+    "causal": ({"context_noise_share": 0.2}, 700),
     "causal, no residual": ({"workflow": "causal", "residual": False}, 300),
     "pixel, an autoencoder, loss in latents": ({"workflow": "pixel", "loss_space": "latent"}, 200),
     "latent_concat, 2 rollout steps": ({"workflow": "latent_concat"}, 200),
