@@ -64,6 +64,9 @@ def test_a_complete_recording_is_reused_and_another_refused(tmp_path: Path) -> N
         collect("maze-chase", 301, 32, tmp_path)
     with pytest.raises(BadInput, match=r"lives: expected 2, got a recording with 1"):
         collect("maze-chase", 300, 32, tmp_path, lives=2)
+    older = {key: value for key, value in meta.items() if key != "lives"}
+    (tmp_path / "meta.json").write_text(json.dumps(older))
+    assert collect("maze-chase", 300, 32, tmp_path) == older, "from before there were lives"
     (tmp_path / "shard-00000.npz").write_bytes(b"short")
     assert collect("maze-chase", 300, 32, tmp_path) == meta, "a damaged one is done again"
     assert (tmp_path / "shard-00000.npz").stat().st_size == meta["shards"][0]["bytes"]

@@ -101,6 +101,10 @@ def own_files(out: Path) -> list[Path]:
     return [*out.glob("shard-*.npz"), *out.glob(".*.partial")]
 
 
+OLDER = {"lives": 1}
+"""What a recording was made with that does not say so, as it is older than the parameter."""
+
+
 def complete(out: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
     """The meta of a complete recording with these parameters; None where there is none or its shards are damaged."""
     path = out / META
@@ -112,10 +116,9 @@ def complete(out: Path, parameters: dict[str, Any]) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{path}: expected the description of a recording, got {error!r}; remove the folder") from error
     for key, value in parameters.items():
-        if meta.get(key) != value:
-            raise BadInput(
-                f"{path}: {key}: expected {value}, got a recording with {meta.get(key)}; choose another folder"
-            )
+        found = meta.get(key, OLDER.get(key))
+        if found != value:
+            raise BadInput(f"{path}: {key}: expected {value}, got a recording with {found}; choose another folder")
     return meta if all(p.is_file() and p.stat().st_size == n for p, n in sizes) else None
 
 
