@@ -17,7 +17,8 @@ from benchmarks.record import save
 from rqvae.cli import run as command
 
 ONE_STEP = ("psnr", "psnr_moving", "ssim", "copy_last", "copy_last_moving", "rerun", "rerun_moving")
-CONTROL = ("open_turns", "open_turns_null", "blocked_refused", "straight_on")
+TURNS = ("open_turns", "blocked_refused")
+CONTROL = (*TURNS, "open_turns_null", "straight_on", *(f"{key}_all{of}" for key in TURNS for of in ("", "_rerun")))
 PERSISTENCE = ("player_visible", "ghosts_visible", "player_visible_rerun", "ghosts_visible_rerun")
 
 

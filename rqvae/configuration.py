@@ -183,7 +183,7 @@ def _values(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _parser(schema: type) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(schema, None, sub_configs=False)
     parser.add_argument("--config", action="config")
     return parser

@@ -174,7 +174,8 @@ def dream_and_score(run: Path, root: Path, starts: int = 8, seed: int = 0) -> fl
     from rqvae.metrics.animations import beside, gif_bytes
     from rqvae.metrics.grids import image_grid
     from rqvae.trainers.dream import model_numbers
-    from rqvae.trainers.rollout import HELD, Dreamer
+    from rqvae.trainers.rollout import Dreamer
+    from rqvae.trainers.rollout_control import HELD
 
     pipeline = load(str(run))
     assert pipeline.two_stage is not None

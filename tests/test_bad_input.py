@@ -83,6 +83,7 @@ def test_config_mistakes(text: str, expected: str, tmp_path: Path, cli, capfd, m
 def test_the_file_is_named(tmp_path: Path, cli, capfd) -> None:
     assert "bad.yaml" in refused(cli, capfd, tmp_path / "s", STAGE1, yaml(tmp_path, "train: {stepz: 5}"))
     assert "command line" in refused(cli, capfd, tmp_path / "s", STAGE1, "--train.stepz", 5)
+    assert "did you mean steps" in refused(cli, capfd, tmp_path / "s", STAGE1, "--train.step", 5), "not an abbreviation"
     assert "command line" in refused(cli, capfd, tmp_path / "s", STAGE1, "--ema.decays", "[2]")
     assert "nowhere.yaml: no such config file" in refused(cli, capfd, tmp_path / "s", "nowhere.yaml")
 

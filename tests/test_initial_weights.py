@@ -71,7 +71,7 @@ def test_a_resumed_run_does_not_need_them(first: dict[str, Path], tmp_path: Path
     (run / "FINISHED").unlink()
     assert rqvae.Run.load(run).fit() == run.resolve()
     assert_same(tensors(run, 2), whole)
-    with pytest.raises(BadInput, match="gone: no such checkpoint or run folder"):
+    with pytest.raises(BadInput, match="^train.initial_weights: .*gone: no such checkpoint or run folder"):
         begun(sources, "gone", tmp_path / "other")
     assert not list((tmp_path / "other").rglob("step_*"))
 
@@ -79,8 +79,8 @@ def test_a_resumed_run_does_not_need_them(first: dict[str, Path], tmp_path: Path
 def test_a_generator_of_other_latents_is_refused(first: dict[str, Path], tmp_path: Path) -> None:
     other = rqvae.Run.load(STAGE1, {**ONE, "train.seed": 5}).fit(tmp_path, "other", "p")
     for source in ("two", "two_out"):
-        with pytest.raises(BadInput, match="expected a generator of the Stage1 weights"):
+        with pytest.raises(BadInput, match="^train.initial_weights: .*expected a generator of the Stage1 weights"):
             begun({**first, "one": other}, source, tmp_path / "runs")
-    with pytest.raises(BadInput, match="one_out: expected a run or checkpoint folder"):
+    with pytest.raises(BadInput, match="^train.initial_weights: .*one_out: expected a run or checkpoint folder"):
         begun(first, "one_out", tmp_path / "runs")
     assert not list((tmp_path / "runs").rglob("config.yaml"))

@@ -25,7 +25,7 @@ from rqvae.models.stage2.world_model import WorldModel
 from rqvae.models.two_stage import TwoStage
 from rqvae.randomness import fill
 from rqvae.trainers.dream import Dream, frame_noise, model_numbers
-from rqvae.trainers.rollout import Dreamer, control, one_step, persistence
+from rqvae.trainers.rollout import Dreamer
 
 SPEC = DataSpec((3, 32, 32), num_actions=5, history=3, context=True)
 SHAPE = (48, 8, 8)
@@ -299,47 +299,6 @@ def test_windows_are_fixed_and_replay() -> None:
             frame, *_ = game.step(int(action))
             assert np.array_equal(frame, windows.future[n, t])
             assert len(set(game.clone_state().ghosts)) == windows.ghosts[n, t]
-
-
-class Oracle:
-    """A dreamer that plays the real game: every score of it is known."""
-
-    def __init__(self, game: MazeChase, windows: object, num_actions: int = 5) -> None:
-        self.game, self.windows = game, windows
-
-    def __call__(self, context: np.ndarray, past: np.ndarray, ahead: np.ndarray, seed: int) -> np.ndarray:
-        dreams = []
-        for n in range(len(context)):
-            at = next(i for i in range(len(self.windows)) if np.array_equal(self.windows.context[i], context[n]))
-            self.game.restore_state(self.windows.states[at])
-            dreams.append([self.game.step(int(a) % 5)[0] for a in ahead[n]])
-        return np.array(dreams)
-
-
-def test_the_scores_of_the_game_itself_are_perfect_and_of_a_copier_are_not() -> None:
-    game = MazeChase()
-    windows, detector = maze_windows(game, 6, history=3, horizon=8, seed=0), MazeDetector(game)
-    oracle = Oracle(MazeChase(), windows)
-    scores = control(oracle, windows, game, detector, 0)
-    assert (scores["open_turns"], scores["blocked_refused"], scores["straight_on"]) == (1.0, 1.0, 1.0)
-    assert scores["open_turns_count"] > 5
-    assert scores["blocked_refused_count"] > 3
-    assert scores["open_turns_null"] < 0.5
-    dreams = oracle(windows.context, windows.actions[:, :2], windows.actions[:, 2:], 0)
-    assert persistence(dreams, windows, detector, (1, 8)) == {
-        "player_visible": {"1": 1.0, "8": 1.0},
-        "ghosts_visible": {"1": 1.0, "8": 1.0},
-    }
-
-    def copier(context: np.ndarray, past: np.ndarray, ahead: np.ndarray, seed: int) -> np.ndarray:
-        return np.repeat(context[:, -1:], ahead.shape[1], axis=1)
-
-    step = one_step(copier, windows, 0)
-    assert step["psnr"] == step["copy_last"]
-    assert step["psnr_moving"] == step["copy_last_moving"]
-    assert control(copier, windows, game, detector, 0)["open_turns"] == 0
-    gone = persistence(np.zeros_like(dreams), windows, detector, (8,))
-    assert gone == {"player_visible": {"8": 0.0}, "ghosts_visible": {"8": 0.0}}
 
 
 def test_pixel_errors_are_those_of_skimage() -> None:

@@ -171,9 +171,18 @@ def _table(scores: dict[str, Any]) -> Table:
         table.add_row(f"{when}, all pixels", *(_number(row.get(key)) for key in ("psnr", *columns)))
         moving = ("psnr_moving", *(f"{key}_moving" for key in columns))
         table.add_row(f"{when}, moving pixels", *(_number(row.get(key)) for key in moving))
-    for name in ("open_turns", "blocked_refused", "straight_on", "open_turns_null"):
-        if name in scores:
-            table.add_row(name.replace("_", " "), "no case" if scores[name] is None else f"{scores[name]:.3f}")
+    control = (
+        "open_turns",
+        "blocked_refused",
+        "straight_on",
+        "open_turns_null",
+        "open_turns_all",
+        "blocked_refused_all",
+    )
+    for name in (name for name in control if name in scores):
+        shown = "no case" if scores[name] is None else f"{scores[name]:.3f}"
+        again = _number(scores[f"{name}_rerun"], 3) if f"{name}_rerun" in scores else ""
+        table.add_row(name.replace("_", " "), shown, "", "", again)
     for name in ("player_visible", "ghosts_visible"):
         for h, share in scores.get(name, {}).items():
             again = _number(scores[f"{name}_rerun"][h], 3)

@@ -21,6 +21,8 @@ CONTROL = {
     "blocked_refused": "blocked turns refused",
     "straight_on": "straight on without a key",
     "open_turns_null": "open turns under the null action",
+    "open_turns_all": "open turns executed, a ghost's catch counted as not",
+    "blocked_refused_all": "blocked turns refused, a ghost's catch counted as not",
 }
 PERSISTENCE = {"player_visible": "player on screen", "ghosts_visible": "ghosts as many as in the real game"}
 HEADER = ["score", "model", "95 % from", "to", "copy last", "mean frame", "game again"]
@@ -117,7 +119,8 @@ def _rows(scores: Mapping[str, Any]) -> list[list[Cell]]:
     for key, name in CONTROL.items():
         if key not in scores:
             continue
-        rows.append([name, scores[key], *_ends(scores["interval"][key]), None, None, None])
+        again = scores.get(f"{key}_rerun")
+        rows.append([name, scores[key], *_ends(scores["interval"][key]), None, None, again])
     for key, name in PERSISTENCE.items():
         for h, share in scores.get(key, {}).items():
             ends, again = _ends(scores["interval"][key][h]), scores[f"{key}_rerun"][h]

@@ -38,6 +38,14 @@ def load_initial(modules: Mapping[str, nn.Module], path: str | None, stage1_sha2
     """
     if path is None:
         return
+    try:
+        _load(modules, path, stage1_sha256)
+    except BadInput as error:
+        raise BadInput(f"train.initial_weights: {error}") from error
+    log.info("%s begins with the weights of %s", next(iter(modules)), path)
+
+
+def _load(modules: Mapping[str, nn.Module], path: str, stage1_sha256: str | None) -> None:
     folder, trained = fetched(path), next(iter(modules))
     exported = (folder / trained / WEIGHTS).exists()
     at = folder if exported else load_evaluated(modules[trained], trained, folder)
@@ -47,7 +55,6 @@ def load_initial(modules: Mapping[str, nn.Module], path: str | None, stage1_sha2
             checkpoint.load_into(module, checkpoint.read(at / name, "model"), str(at / name / WEIGHTS))
         elif name != trained:
             checkpoint.load_into(module, checkpoint.read(at, f"model/{name}"), str(at / "model" / name))
-    log.info("%s begins with the weights of %s", trained, path)
 
 
 def only_at_its_start(run: AnyRun, resumed: bool) -> AnyRun:
@@ -68,6 +75,5 @@ def _check_stage1(folder: Path, exported: bool, expected: str | None, path: str)
         meta = checkpoint.read_meta(folder)
     if (got := meta.get("stage1_sha256")) not in (None, expected):
         raise BadInput(
-            f"train.initial_weights: {path}: expected a generator of the Stage1 weights {expected[:12]} of this run, "
-            f"got one of {got[:12]}"
+            f"{path}: expected a generator of the Stage1 weights {expected[:12]} of this run, got one of {got[:12]}"
         )

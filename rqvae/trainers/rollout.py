@@ -12,7 +12,6 @@ import torch
 
 from rqvae.errors import BadInput
 from rqvae.games.detector import MazeDetector
-from rqvae.games.maze import NOOP
 from rqvae.games.maze_chase import MazeChase
 from rqvae.games.windows import Frames, Windows, maze_windows, recorded_windows
 from rqvae.metrics.intervals import finite, tree_intervals, tree_means
@@ -20,11 +19,10 @@ from rqvae.models.two_stage import TwoStage
 from rqvae.trainers.dream import Dream, frame_noise
 from rqvae.trainers.evaluation_trainer import finite_pictures
 from rqvae.trainers.rollout_baselines import Baselines, make_baselines
+from rqvae.trainers.rollout_control import HELD, control
 from rqvae.trainers.rollout_scores import Networks, frechet, one_step, persistence, rollout_scores
 
 HORIZONS = (1, 2, 4, 8, 16, 32, 64)
-HELD = 3
-"""Steps for which an action is held when control is measured."""
 
 
 @dataclass
@@ -78,77 +76,6 @@ class Dreamer:
                 self.progress(len(frames))
             parts.append(np.stack(steps, axis=1))
         return np.concatenate(parts)
-
-
-def control(
-    dreamer: Dreamer, windows: Windows, game: MazeChase, detector: MazeDetector, seed: int
-) -> dict[str, float | None]:
-    """Whether the dream's player goes where the real one goes when an action is held for three steps.
-
-    From the state of each window's last context frame the real game is forked once an action. A turn into an open way,
-    other than straight on, is executed when the player is seen in the true cell after each step; a turn into a wall is
-    refused by the same rule, as the real player goes on. Left out are forks that end the episode within three steps and
-    those in which the ghosts could catch the player by other draws: a dream's ghosts draw for themselves, so that where
-    its player then is says nothing of whether it obeys.
-
-    Returns:
-        `open_turns`, `blocked_refused`, `straight_on` (NOOP) and `open_turns_null`: the share of open turns that happen
-        under the null action, which should be small; None where there was no such case; and how many there were.
-    """
-    cases = _cases(windows, game)
-    rows = {name: [case for case in cases if case.kind == name] for name in ("open", "blocked", "noop")}
-    result: dict[str, float | None] = {}
-    names = {"open": "open_turns", "blocked": "blocked_refused", "noop": "straight_on"}
-    for kind, found in rows.items():
-        result[names[kind]] = _followed(dreamer, windows, detector, found, seed, None)
-        result[f"{names[kind]}_count"] = len(found)
-    result["open_turns_null"] = _followed(dreamer, windows, detector, rows["open"], seed, len(game.action_names))
-    return result
-
-
-@dataclass(frozen=True)
-class _Case:
-    window: int
-    action: int
-    kind: str
-    cells: tuple[int, ...]
-
-
-def _cases(windows: Windows, game: MazeChase) -> list[_Case]:
-    """Every action from every window's state, with the cells that the real player then walks through."""
-    before, cases = game.clone_state(), []
-    for n, state in enumerate(windows.states):
-        for action in range(len(game.action_names)):
-            game.restore_state(state)
-            if game.may_be_caught([action] * HELD):
-                continue
-            cells: list[int] = []
-            while len(cells) < HELD and not game.clone_state().over:
-                game.step(action)
-                cells.append(game.clone_state().player)
-            if game.clone_state().over:
-                continue
-            if action == NOOP:
-                kind = "noop"
-            elif action == state.facing:
-                continue
-            else:
-                kind = "open" if action in game.ways[state.player] else "blocked"
-            cases.append(_Case(n, action, kind, tuple(cells)))
-    game.restore_state(before)
-    return cases
-
-
-def _followed(
-    dreamer: Dreamer, windows: Windows, detector: MazeDetector, cases: list[_Case], seed: int, action: int | None
-) -> float | None:
-    if not cases:
-        return None
-    at = [case.window for case in cases]
-    held = np.array([[case.action if action is None else action] * HELD for case in cases])
-    frames = dreamer(windows.context[at], windows.actions[at, : windows.history - 1], held, seed)
-    seen = np.stack([detector(frames[:, t]).player_cell() for t in range(HELD)], axis=1)
-    return float((seen == np.array([case.cells for case in cases])).all(1).mean())
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def make_baselines(game: MazeChase, windows: Windows, seed: int, steps: int = 8)
     for n, start in enumerate(windows.states):
         actions = [int(action) for action in windows.actions[n, k - 1 :]]
         singles.append(_single_steps(game, start, actions[:steps], fold(seed, "rerun", n)))
-        game.restore_state(_reseeded(start, fold(seed, "rerun", n)))
+        game.restore_state(reseeded(start, fold(seed, "rerun", n)))
         frames: list[Frames] = []
         alive: list[bool] = []
         for action in actions:
@@ -90,7 +90,7 @@ def _single_steps(game: MazeChase, start: MazeState, actions: list[int], key: in
     """(S, H, W, 3): each action from the logged state before it, with the ghosts' new numbers."""
     frames, state = [], start
     for t, action in enumerate(actions):
-        game.restore_state(_reseeded(state, fold(key, t)))
+        game.restore_state(reseeded(state, fold(key, t)))
         frames.append(game.step(action)[0])
         game.restore_state(state)
         game.step(action)
@@ -98,5 +98,6 @@ def _single_steps(game: MazeChase, start: MazeState, actions: list[int], key: in
     return np.stack(frames)
 
 
-def _reseeded(state: MazeState, seed: int) -> MazeState:
+def reseeded(state: MazeState, seed: int) -> MazeState:
+    """The same state with another generator: what is drawn from here on is drawn anew."""
     return replace(state, generator=np.random.PCG64(seed).state)
