@@ -269,6 +269,17 @@ def test_sessions_are_their_own_and_limited(client: TestClient) -> None:
                 three.receive_json()
 
 
+def test_a_models_error_is_not_taken_for_a_browser_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(session: Session) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Session, "tick", broken)
+    client = TestClient(make_app(make_world(), PlayLimits()))
+    with pytest.raises(RuntimeError, match="out of memory"), client.websocket_connect("/play") as player:
+        player.receive_json()
+        player.receive_bytes()
+
+
 def test_the_rate_is_capped() -> None:
     with TestClient(make_app(make_world(), PlayLimits(fps=10))) as client, client.websocket_connect("/play") as browser:
         browser.receive_json()

@@ -135,10 +135,10 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
                 player = _Player(number, await asyncio.to_thread(Session, world))
             players[number] = player
             listener = asyncio.create_task(_listen(socket, player))
-            await socket.send_json(facts)
+            await _send(socket, facts)
             await _stream(socket, player, turn, limits.fps, listener)
-        except (WebSocketDisconnect, RuntimeError):
-            pass  # the browser has gone: a send after that is a RuntimeError of starlette
+        except WebSocketDisconnect:
+            pass
         finally:
             if listener is not None:
                 listener.cancel()
@@ -182,6 +182,14 @@ async def _listen(socket: WebSocket, player: _Player) -> None:
             player.inbox.append(await socket.receive_text())
 
 
+async def _send(socket: WebSocket, message: dict[str, Any] | bytes) -> None:
+    """One message; WebSocketDisconnect where the browser has gone, which starlette may say by a RuntimeError."""
+    try:
+        await (socket.send_bytes(message) if isinstance(message, bytes) else socket.send_json(message))
+    except RuntimeError as error:
+        raise WebSocketDisconnect from error
+
+
 async def _stream(
     socket: WebSocket, player: _Player, turn: asyncio.Lock, fps: float, listener: asyncio.Task[None]
 ) -> None:
@@ -192,7 +200,7 @@ async def _stream(
             async with turn:  # a reset encodes frames, and no frame may be made meanwhile
                 answers = await asyncio.to_thread(player.obey)
             for answer in answers:
-                await socket.send_json(answer)
+                await _send(socket, answer)
         now = time.monotonic()
         if player.paused or now < due:
             await asyncio.sleep(0.02 if player.paused else due - now)
@@ -202,7 +210,7 @@ async def _stream(
             tick = await asyncio.to_thread(player.session.tick)
         spent = max(time.monotonic() - since, 1 / fps)
         rate = 1 / spent if not rate else 0.9 * rate + 0.1 / spent
-        await socket.send_bytes(pack(tick, rate, player.session.recordings["dream"]))
+        await _send(socket, pack(tick, rate, player.session.recordings["dream"]))
 
 
 def pack(tick: Tick, rate: float, recording: Recording) -> bytes:
