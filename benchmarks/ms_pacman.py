@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.record import save
 from rqvae.cli import run as command
 
@@ -43,7 +45,8 @@ def main() -> None:
     _run("rollout", run, "--recording", frames, *amount, "--json", scores, "--html", page)
     found = json.loads(scores.read_text())
     parts = {key: found[key] for key in ("one_step", "rollout", "protocol")}
-    save("ms_pacman", {"steps": options.steps, **parts, "interval": {"one_step": found["interval"]["one_step"]}})
+    steps = yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"]
+    save("ms_pacman", {"steps": steps, **parts, "interval": {"one_step": found["interval"]["one_step"]}})
 
 
 if __name__ == "__main__":

@@ -38,11 +38,17 @@ def save(name: str, figures: dict[str, Any]) -> None:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *_without_places(sys.argv[1:])]),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "figures": figures}, indent=1) + "\n")
     print(json.dumps(figures, indent=1))
+
+
+def _without_places(arguments: list[str]) -> list[str]:
+    """Without options whose value is a place on this machine, which nobody else has."""
+    at = [k for k, argument in enumerate(arguments) if Path(argument).is_absolute()]
+    return [argument for k, argument in enumerate(arguments) if k not in at and k + 1 not in at]
 
 
 def alternate(ours: Callable[[], None], peer: Callable[[], None], pairs: int, warmup: int = 5) -> dict[str, float]:

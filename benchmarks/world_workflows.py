@@ -21,6 +21,7 @@ import yaml
 from benchmarks.record import save
 from rqvae.api import load
 from rqvae.cli import run as command
+from rqvae.files import write_json
 from rqvae.games.maze_chase import MazeChase
 from rqvae.games.windows import maze_windows
 from rqvae.metrics.moving import PixelErrors
@@ -137,7 +138,8 @@ def measure(options: argparse.Namespace, name: str, seed: int, parts: tuple[Path
     word = "".join(c if c.isalnum() else "_" for c in name)
     budget = f"{options.steps}steps" if options.steps else f"{options.cpu_seconds:g}s"
     key = f"{word}_{budget}{'_residual' * options.residual}"
-    kept = options.out / "scores" / f"{key}_{seed}.json"
+    measured = f"scores_{options.frames}_{options.vae_steps}_{options.starts}_{options.horizon}"
+    kept = options.out / measured / f"{key}_{seed}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     file = options.out / f"{key}.yaml"
@@ -147,7 +149,7 @@ def measure(options: argparse.Namespace, name: str, seed: int, parts: tuple[Path
     run, spent = train(line, options.out, key, steps, seed)
     figures = {"steps": steps, "train_cpu_s": spent, **score(run, options.starts, options.horizon)}
     kept.parent.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(figures, indent=1))
+    write_json(kept, figures)
     return figures
 
 
@@ -194,7 +196,9 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=48)
     parser.add_argument("--horizon", type=int, default=16)
     parser.add_argument("--residual", action="store_true", help="add the last frame to the answer where that is x0")
-    parser.add_argument("--only", choices=sorted(WORKFLOWS), action="append", help="one workflow; may be repeated")
+    parser.add_argument(
+        "--only", choices=sorted(WORKFLOWS), action="append", help="one workflow, of which nothing is saved; repeatable"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -203,7 +207,8 @@ def main() -> None:
         name: summary([measure(options, name, seed, parts) for seed in range(options.seeds)])
         for name in options.only or WORKFLOWS
     }
-    save("world_workflows", figures)
+    if not options.only:
+        save("world_workflows", figures)
     print(markdown(figures))
 
 

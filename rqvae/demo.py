@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from rqvae.errors import RunFailed
-from rqvae.files import write_json, write_whole
+from rqvae.files import read_json, write_json, write_whole
 from rqvae.processes import die_with_parent
 from rqvae.reports.demo import write_demo_report
 
@@ -63,7 +63,7 @@ class Demo:
 
         make_folder(self.root, "--out")
         times = self.root / "parts.json"
-        self.parts = json.loads(times.read_text()) if times.exists() else {}
+        self.parts = read_json(times, "remove it") if times.exists() else {}
         frames = self.root / "frames"
         data = ["--data.dataset.init_args.root", str(frames)]
         record = ["collect", "maze-chase", "--frames", str(self.frames), "--size", str(SIZE), "--out", str(frames)]
@@ -94,7 +94,7 @@ class Demo:
     def _judge(self) -> float:
         """Score the newest world model's dreams and show some; an earlier call's score where the model is the same."""
         run, note = self.newest("stage2"), self.root / "samples.json"
-        held = json.loads(note.read_text()) if note.exists() else {}
+        held = read_json(note, "remove it") if note.exists() else {}
         known = {"run": str(run), "starts": self.starts}
         if any(held.get(key) != value for key, value in known.items()) or not (self.root / "rollout.json").exists():
             import torch
@@ -128,7 +128,7 @@ class Demo:
         known = self.parts.get(name)
         if known is None or cpu_seconds > known["cpu_seconds"]:
             self.parts[name] = {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
-        (self.root / "parts.json").write_text(json.dumps(self.parts, indent=1))
+        write_json(self.root / "parts.json", self.parts)
 
     def _summary(self, scores: dict[str, float]) -> dict[str, Any]:
         recon = json.loads((self.root / "recon" / "metrics.json").read_text())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rqvae.errors import BadInput
 from rqvae.games.collect import collect, import_folder
 from rqvae.games.gymnasium_game import GymnasiumGame
 from rqvae.games.windows import recorded_windows
-from rqvae.img_datasets.game_frames import GameFrames
+from rqvae.img_datasets.game_frames import GameFrames, rank_split
 from rqvae.play.session import Session
 from tests.conftest import only
 
@@ -255,6 +257,17 @@ def test_an_episode_ends_where_the_table_says_so(folder: Path, tmp_path: Path) -
         assert table["done"].tolist() == [n in (3, 7, 11) for n in range(12)]
 
 
+def broken_png() -> bytes:
+    """A picture whose second block of data is damaged: Pillow finds out when it reads the pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
+    head = struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0)
+    blocks = [(b"IHDR", head), (b"IDAT", data[:50]), (b"IDAT", data[50:]), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in blocks]
+    parts[2] = parts[2].replace(b"IDAT", b"\0\1\2\3")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -288,6 +301,7 @@ def test_an_episode_ends_where_the_table_says_so(folder: Path, tmp_path: Path) -
             lambda root: (root / "frames.csv").write_bytes("file,action\n000.png,à\n".encode("latin-1")),
             "expected UTF-8, got byte 0xe0 at 20",
         ),
+        (lambda root: (root / "003.png").write_bytes(broken_png()), r"003\.png: expected a PNG, got SyntaxError"),
         (lambda root: Image.new("RGBA", (SIDE, SIDE)).save(root / "003.png"), "got a PNG of mode RGBA"),
         (lambda root: Image.new("I;16", (SIDE, SIDE)).save(root / "003.png"), "got a PNG of mode I;16"),
     ],
@@ -367,12 +381,27 @@ pictures: {{every: null}}
     _plays_without_a_game(only(tmp_path / "p"), tmp_path / "frames", cli, capfd)
 
 
+def _with_a_short_test_episode(root: Path) -> Path:
+    """A recording of three episodes, of which the one of the split `test` is shorter than a window."""
+    (root / "pictures").mkdir()
+    table = ["file,action,episode"]
+    for k, split in rank_split(0, 3).items():
+        for n in range(2 if split == "test" else 5):
+            Image.new("RGB", (SIDE, SIDE), (k, n, 0)).save(root / "pictures" / f"{k}{n}.png")
+            table.append(f"{k}{n}.png,{'RIGHT' if n else 'LEFT'},{k}")
+    (root / "pictures" / "frames.csv").write_text("\n".join([table[0], *sorted(table[1:])]))
+    import_folder(root / "pictures", SIDE, root / "short")
+    return root / "short"
+
+
 def _plays_without_a_game(run: Path, frames: Path, cli: Callable[..., int], capfd: Any) -> None:
     """A dream of it begins from recorded frames; while no key is down it is played under the null action."""
     assert cli("play", run) == 2
     assert "expected a model of NOOP, UP" in (said := capfd.readouterr().err)
     assert "play it with --recording DIR" in said
     assert cli("play", run, "--recording", frames, "--ghosts", 2) == 2
+    assert cli("play", run, "--recording", _with_a_short_test_episode(frames.parent), "--port", 0) == 2
+    assert "expected 1 windows of 2 + 1 frames" in capfd.readouterr().err
     options = play.parser().parse_args([str(run), "--recording", str(frames)])
     spec, two_stage = load_world_model(str(run))
     world = play._world(options, spec, two_stage)

@@ -48,7 +48,9 @@ HELD = {
     "ArrowRight Space": "RIGHT",  # RIGHTFIRE is none of its actions
     "ArrowLeft j": "j",
     "k": None,
+    "w/KeyW": "UP",
 }
+LETTERS = ["w", "a", "s", "d"]
 
 
 def wishes(page: Page, actions: list[str]) -> dict[str, str | None]:
@@ -58,10 +60,15 @@ def wishes(page: Page, actions: list[str]) -> dict[str, str | None]:
         const keys = new Keys(name => heard.push(name), {});
         keys.setActions(ACTIONS);
         for (const held of HELD) {
-            const say = (kind, code) => dispatchEvent(new KeyboardEvent(kind, { code, key: code }));
-            const press = kind => held.split(" ").forEach(code => say(kind, code));
+            const say = (kind, word) => {
+                const [key, code] = word.includes("/") ? word.split("/") : [word, word];
+                dispatchEvent(new KeyboardEvent(kind, { code, key: kind === "keyup" ? key.toUpperCase() : key }));
+            };
+            const press = kind => held.split(" ").forEach(word => say(kind, word));
             press("keydown"); found[held] = keys.wish(); press("keyup"); found.after = keys.wish();
         }
+        dispatchEvent(new KeyboardEvent("keydown", { code: "KeyW", key: "w", ctrlKey: true }));
+        found.ctrl = keys.wish();
         found.buttons = [...document.querySelectorAll("#more button")].map(button => button.textContent).join(" ");
         found.hidden = [...document.querySelectorAll("#pad button:disabled")].length;
         return found; })()"""
@@ -96,7 +103,9 @@ def test_keys_go_in_and_frames_change(run: Path, tmp_path: Path) -> None:  # noq
             found = wishes(page, ATARI)
             assert {held: found[held] for held in HELD} == HELD
             assert (found["after"], found["buttons"], found["hidden"]) == (None, "FIRE j", 0)
+            assert found["ctrl"] is None, "the browser's own"
             assert wishes(page, ["LEFT", "RIGHT"])["hidden"] == 2
+            assert wishes(page, LETTERS)["w/KeyW"] == "w", "an action of that name before UP, which it has not"
             status = "fetch(document.getElementById('dream-zip').href).then(answer => answer.status)"
             assert page.run(status) == 200
             page.wait("document.getElementById('numbers').textContent.includes('keys heard after')")

@@ -24,7 +24,7 @@ def parser() -> Parser:
     own.add_argument("--lives", type=int, default=1, help="in the maze: how often the player must be caught")
     own.add_argument("--skip", type=int, default=4, help="of Gymnasium's: frames of the emulator a step")
     own.add_argument("--max-steps", type=int, default=400, help="longest episode")
-    own.add_argument("--seed", type=int, default=0, help="of the mazes, of the policy and of the splits")
+    own.add_argument("--seed", type=int, default=0, help="of the episodes, of the policy and of the splits")
     own.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the recording")
     return own
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 RUNTIMES = "who computes the network: compiled takes a minute first, onnx some seconds and the extra [onnx] (CPU only)"
 
 
+SERVED = ("host", "port", "fps", "sessions", "backend", "runtime", "threads")
+"""Options that a folder for any server of files cannot hear."""
+
+
 def parser() -> Parser:
     """The options of this command."""
     own = Parser("rqvae play", description=__doc__)
@@ -65,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.recording:
         refuse_options(parser(), options, ("ghosts",), f"--recording {options.recording}")
     if options.static is not None:
+        refuse_options(parser(), options, SERVED, f"--static {options.static}")
         return _write_site(options)
     if options.onnxruntime_web is not None:
         raise BadInput("--onnxruntime-web: expected --static OUT beside it")
@@ -123,14 +128,14 @@ def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend:
     from rqvae.play.onnx_runtime import use_onnx
     from rqvae.play.session import Session
 
-    if options.runtime == "torch":
-        return
-    if not isinstance(world.two_stage.stage2, LatentDiffusion):
-        raise BadInput(f"--runtime: expected torch for {type(world.two_stage.stage2).__name__}, got {options.runtime}")
+    stage2 = world.two_stage.stage2
+    if options.runtime != "torch" and not isinstance(stage2, LatentDiffusion):
+        raise BadInput(f"--runtime: expected torch for {type(stage2).__name__}, got {options.runtime}")
     if options.runtime == "onnx":
         use_onnx(world.two_stage.cpu(), spec, options.threads)
-    else:
-        backbone = world.two_stage.stage2.backbone
+    if options.runtime == "compiled":
+        assert isinstance(stage2, LatentDiffusion)
+        backbone = stage2.backbone
         # of windows of frames the network itself is called, for the context and for each step
         backend.compile(backbone.network if isinstance(backbone, CausalBackbone) else backbone)
     Session(world).tick()
@@ -139,9 +144,10 @@ def _prepare(options: argparse.Namespace, world: World, spec: DataSpec, backend:
 def _write_site(options: argparse.Namespace) -> int:
     """Write the folder that needs no server of ours."""
     from rqvae.play.starts import numbered
-    from rqvae.play.static_site import find_runtime, write_site
+    from rqvae.play.static_site import check_place, find_runtime, write_site
 
     runtime = find_runtime(options.onnxruntime_web)
+    check_place(options.static)
     spec, two_stage = _model(options)
     world = _world(options, spec, two_stage)
     numbers = world.numbers or tuple(range(spec.num_actions))
@@ -171,6 +177,7 @@ def _serve(app: object, listener: socket.socket) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
-    sys.stdout.write(f"play at http://{host}:{port}/ (Ctrl-C ends it)\n")
+    place = f"[{host}]" if ":" in host else host
+    sys.stdout.write(f"play at http://{place}:{port}/ (Ctrl-C ends it)\n")
     sys.stdout.flush()
     uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def parser() -> Parser:
     own.add_argument("--ghosts", type=int, default=1, help="ghosts in the maze: as many as the recording had")
     own.add_argument("--steps", type=int, help="solver steps; the model's own by default")
     own.add_argument("--solver", help="name of a function of rqvae.diffusion.solvers")
-    own.add_argument("--batch-size", type=int, default=64, help="windows of one call of the model, on each rank")
+    own.add_argument("--batch-size", type=int, default=64, help="dreams at once; of no effect on the frames")
     own.add_argument("--json", type=Path, metavar="OUT", help="write the scores as JSON")
     own.add_argument("--html", type=Path, metavar="OUT", help="write a page: scores, curves, grids, dreams that move")
     own.add_argument("--lpips-weights", metavar="FILE|URL", help="AlexNet of torchvision; adds LPIPS")

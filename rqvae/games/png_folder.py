@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from rqvae.errors import BadInput
 from rqvae.games.recording import Rows
@@ -76,6 +76,8 @@ def _rows(folder: Path) -> Iterator[dict[str, str]]:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin it with a mark
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: expected UTF-8, got byte {error.object[error.start]:#04x} at {error.start}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: expected a table that can be read, got {error.strerror}") from error
     reader = csv.DictReader(io.StringIO(text, newline=""))
     missing = [name for name in NEEDED if name not in (reader.fieldnames or [])]
     if missing:
@@ -107,7 +109,7 @@ def _picture(path: Path, size: int) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             kind, mode, frame = picture.format, picture.mode, np.asarray(picture.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow says damaged files
         raise BadInput(f"{path}: expected a PNG, got {type(error).__name__}") from error
     if kind != "PNG":
         raise BadInput(f"{path}: expected a PNG (frames stay lossless), got {kind}")

@@ -107,11 +107,11 @@ class Forager:
 
 
 class Mixed:
-    """Every second episode by the other player: long walks through the maze, and games that are won.
+    """Half of the episodes by each of two players: long walks through the maze, and games that are won.
 
     Args:
         num_actions: of the game.
-        seed: of the episode; its parity chooses the player.
+        seed: of the episode's policy, a hash; its parity chooses the player.
     """
 
     def __init__(self, num_actions: int, seed: int) -> None:
@@ -123,14 +123,14 @@ class Mixed:
 
 
 class All:
-    """Episodes by three players in turn: the two of `Mixed`, and one that does not look out for ghosts.
+    """A third of the episodes by each of three players: the two of `Mixed`, and one that does not look out for ghosts.
 
     A careful player is seldom caught, and then in a corner. A dream's ghost goes its own ways, so the keys that are
     played in a dream run into it anywhere: a recording for a model that is to be played needs that too.
 
     Args:
         num_actions: of the game.
-        seed: of the episode; its remainder by 3 chooses the player.
+        seed: of the episode's policy, a hash; its remainder by 3 chooses the player.
     """
 
     def __init__(self, num_actions: int, seed: int) -> None:

@@ -132,7 +132,7 @@ class GameFrames(LabeledImageDataset):
         self._episode = episode[split_of == self.split]
         _, starts, lengths = np.unique(self._episode, return_index=True, return_counts=True)
         self._first = np.repeat(starts, lengths)
-        self._keep(np.concatenate(hashes), split_of)
+        self._keep(np.concatenate(hashes), split_of, meta["episodes"])
 
     def _number_of(self, recorded: list[str]) -> npt.NDArray[np.int64]:
         """The model's number of each of the recording's actions, by name."""
@@ -143,7 +143,7 @@ class GameFrames(LabeledImageDataset):
             )
         return np.array([self.action_names.index(name) for name in recorded], dtype=np.int64)
 
-    def _keep(self, hashes: npt.NDArray[np.uint64], split_of: npt.NDArray[np.str_]) -> None:
+    def _keep(self, hashes: npt.NDArray[np.uint64], split_of: npt.NDArray[np.str_], episodes: int) -> None:
         """Find the frames of the split that occur in no split before it."""
         seen = {"train": [], "val": ["train"], "test": ["train", "val"]}[self.split]
         mine = hashes[split_of == self.split]
@@ -151,9 +151,12 @@ class GameFrames(LabeledImageDataset):
         whole = self.padding | (np.arange(len(mine)) - self._slots >= self._first)
         self._kept = np.flatnonzero(fresh & whole)
         if not len(self._kept):
+            remedy = (
+                "record more frames" if episodes > 2 else f"record 3 episodes, one for each split, there is {episodes}"
+            )
             raise BadInput(
                 f"{self.root}: expected frames for the split {self.split} that no earlier split has, got none of "
-                f"{len(mine)} in {len(hashes)} recorded; record more frames"
+                f"{len(mine)} in {len(hashes)} recorded; {remedy}"
             )
 
     def _read_meta(self) -> dict[str, Any]:

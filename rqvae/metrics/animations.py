@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -47,7 +49,19 @@ def gif_bytes(frames_thwc: np.ndarray, fps: float, scale: int = 1) -> bytes:
 def _encoded(frames: np.ndarray, fps: float, scale: int, kind: str) -> bytes:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
         raise BadInput(f"frames: expected uint8 (T, H, W, 3) with T >= 1, got {frames.dtype} {frames.shape}")
-    pictures = [Image.fromarray(frame) for frame in frames.repeat(scale, axis=1).repeat(scale, axis=2)]
+    first, others = next(iter(_Enlarged(frames, scale))), _Enlarged(frames[1:], scale)
     buffer = io.BytesIO()
-    pictures[0].save(buffer, kind, save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
+    first.save(buffer, kind, save_all=True, append_images=others, duration=1000 / fps, loop=0)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class _Enlarged:
+    """Pictures, enlarged one at a time as they are written; those of a PNG are gone through twice."""
+
+    frames: np.ndarray
+    scale: int
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        for frame in self.frames:
+            yield Image.fromarray(frame.repeat(self.scale, axis=0).repeat(self.scale, axis=1))

@@ -12,14 +12,16 @@ export class Keys {
    */
   constructor(changed, shortcuts) {
     this.actions = []; this.held = []; this.changed = changed;
+    const began = new Map();  // what a key meant when it went down: shift or another layout may change it meanwhile
     addEventListener("keydown", event => {
+      if (event.ctrlKey || event.metaKey || event.altKey) return;  // the browser's own
       if (event.target.tagName === "INPUT" && event.target.type !== "range") return;
       const name = this.nameOf(event);
-      if (name !== undefined) { event.preventDefault(); if (!event.repeat) this.down(name); }
+      if (name !== undefined) { event.preventDefault(); if (!event.repeat) { began.set(event.code, name); this.down(name); } }
       else if (shortcuts[event.code] && !event.repeat) shortcuts[event.code]();
     });
-    addEventListener("keyup", event => this.up(this.nameOf(event)));
-    addEventListener("blur", () => { if (this.held.length) { this.held = []; this.tell(); } });
+    addEventListener("keyup", event => { this.up(began.get(event.code)); began.delete(event.code); });
+    addEventListener("blur", () => { began.clear(); if (this.held.length) { this.held = []; this.tell(); } });
   }
   /** The game's actions by name: its buttons are shown, those that it does not have are not. */
   setActions(actions) {
@@ -37,10 +39,7 @@ export class Keys {
     });
   }
   /** Undefined where the game has no such action; one whose name is a single character has that key. */
-  nameOf(event) {
-    const name = WORDS[event.code] ?? event.key;
-    return this.actions.includes(name) ? name : undefined;
-  }
+  nameOf(event) { return [event.key, WORDS[event.code]].find(name => this.actions.includes(name)); }
   down(name) { if (!this.held.includes(name)) { this.held.push(name); this.tell(); } }
   up(name) { if (this.held.includes(name)) { this.held = this.held.filter(other => other !== name); this.tell(); } }
   tell() {

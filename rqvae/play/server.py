@@ -4,7 +4,8 @@ The protocol: the browser sends JSON `{"press": action}`, `{"release": true}`, `
 `{"solver": name|null}`, `{"pause": true|false}`, `{"record": true|false}`, `{"ping": n}`. The server first sends JSON
 with the world's facts, then for every frame one binary message: a JSON header, its length in four bytes (big-endian)
 before it, the dream as PNG, and the real game as PNG where there is one. A ping is answered by `{"pong": n}` between
-two frames, where keys are heard too; what the server refuses by `{"error": words}`.
+two frames, where keys are heard too; what the server refuses by `{"error": words}`, as a session that cannot begin or
+go on, whose socket is closed after that.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
-from rqvae.errors import BadInput
-from rqvae.play.recording import Recording
+from rqvae.errors import BadInput, RunFailed
+from rqvae.metrics.animations import gif_bytes
 from rqvae.play.session import Session, Tick, World, png
 
 try:
@@ -31,6 +32,12 @@ try:
     from fastapi.responses import HTMLResponse
 except ImportError as error:
     raise BadInput("play: expected the packages of the extra [play], got none; pip install 'mae-dit[play]'") from error
+
+
+T = TypeVar("T")
+
+INBOX = 64
+"""Orders of a browser that wait for the next frame."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,16 @@ class _Player:
     number: int
     session: Session
     paused: bool = False
-    inbox: deque[str] = field(default_factory=lambda: deque(maxlen=64))
+    inbox: deque[str | None] = field(default_factory=deque)
 
     def obey(self) -> list[dict[str, Any]]:
         """Do what the browser has sent since the last frame, between two frames; returns the answers to it."""
         return [answer for answer in (self._obey(self.inbox.popleft()) for _ in range(len(self.inbox))) if answer]
 
-    def _obey(self, message: str) -> dict[str, Any] | None:
+    def _obey(self, message: str | None) -> dict[str, Any] | None:
         try:
+            if message is None:
+                raise BadInput("message: expected text, got bytes")
             order = json.loads(message)
             if not isinstance(order, dict) or len(order) != 1:
                 raise BadInput(f"message: expected an object with one order such as press, got {message[:80]}")
@@ -74,7 +83,7 @@ class _Player:
                     raise BadInput(f"ping: expected a finite number, got {value}")
                 return {"pong": float(value)}
             self._do(name, value)
-        except (BadInput, ValueError, TypeError, OverflowError) as error:
+        except (BadInput, ValueError, TypeError, OverflowError, RecursionError) as error:
             return {"error": str(error)}
         return None
 
@@ -139,6 +148,8 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
             await _stream(socket, player, turn, limits.fps, listener)
         except WebSocketDisconnect:
             pass
+        except (BadInput, RunFailed) as error:
+            await _close(socket, str(error))
         finally:
             if listener is not None:
                 listener.cancel()
@@ -149,25 +160,32 @@ def make_app(world: World, limits: PlayLimits) -> FastAPI:
 
 def _add_downloads(app: FastAPI, players: dict[int, _Player | None], turn: asyncio.Lock) -> None:
     """What a session has shown, as files, while its socket is open."""
+    encoding = asyncio.Lock()  # one file at a time: it may take seconds of a core that the model needs too
 
-    async def answer(number: int, kind: str, make: Callable[[Session], bytes]) -> Response:
+    async def answer(number: int, kind: str, take: Callable[[Session], T], make: Callable[[T], bytes]) -> Response:
         player = players.get(number)
         if player is None:
             return Response("no such session", status_code=404)
         try:
-            async with turn:  # no frame is added meanwhile
-                content = await asyncio.to_thread(make, player.session)
+            async with encoding:
+                async with turn:  # no frame is added meanwhile
+                    taken = await asyncio.to_thread(take, player.session)
+                content = await asyncio.to_thread(make, taken)
         except BadInput as error:
             return Response(str(error), status_code=404)
         return Response(content, media_type=kind)
 
     @app.get("/session/{number}.gif")
     async def gif(number: int) -> Response:
-        return await answer(number, "image/gif", lambda session: session.gif())
+        return await answer(number, "image/gif", Session.film, lambda film: gif_bytes(film, fps=10, scale=8))
 
     @app.get("/session/{number}/{what}.zip")
     async def recording(number: int, what: str) -> Response:
-        return await answer(number, "application/zip", lambda session: session.zipped(what))
+        def take(session: Session) -> Callable[[], bytes]:
+            recording = session.recorded(what)
+            return lambda: recording.zipped(session.world.action_names, session.seed)
+
+        return await answer(number, "application/zip", take, lambda make: make())
 
 
 def _same_origin(socket: WebSocket) -> bool:
@@ -177,9 +195,17 @@ def _same_origin(socket: WebSocket) -> bool:
 
 
 async def _listen(socket: WebSocket, player: _Player) -> None:
+    """Orders into the inbox until the browser goes; a full inbox makes it wait, as a lost release holds a key."""
+    while (message := await socket.receive())["type"] != "websocket.disconnect":
+        player.inbox.append(message.get("text"))
+        while len(player.inbox) >= INBOX:
+            await asyncio.sleep(0.01)
+
+
+async def _close(socket: WebSocket, words: str) -> None:
     with suppress(WebSocketDisconnect):
-        while True:
-            player.inbox.append(await socket.receive_text())
+        await _send(socket, {"error": words})
+        await socket.close(1011)
 
 
 async def _send(socket: WebSocket, message: dict[str, Any] | bytes) -> None:
@@ -210,14 +236,17 @@ async def _stream(
             tick = await asyncio.to_thread(player.session.tick)
         spent = max(time.monotonic() - since, 1 / fps)
         rate = 1 / spent if not rate else 0.9 * rate + 0.1 / spent
-        await _send(socket, pack(tick, rate, player.session.recordings["dream"]))
+        await _send(socket, pack(tick, rate, player.session))
+    listener.result()
 
 
-def pack(tick: Tick, rate: float, recording: Recording) -> bytes:
+def pack(tick: Tick, rate: float, session: Session) -> bytes:
     """A frame as one binary message, with how much is recorded."""
+    recording = session.recordings["dream"]
     dream = png(tick.dream)
     real = b"" if tick.real is None else png(tick.real)
     facts: dict[str, float] = {"step": tick.step, "ms": round(tick.milliseconds, 2), "fps": round(rate, 1)}
-    facts |= {"recorded": len(recording), "full": recording.full, "dream": len(dream)}
+    facts |= {"recording": session.is_recorded, "recorded": len(recording), "episodes": recording.episodes}
+    facts |= {"full": recording.full, "dream": len(dream)}
     header = json.dumps(facts).encode()
     return struct.pack(">I", len(header)) + header + dream + real

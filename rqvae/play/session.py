@@ -16,12 +16,11 @@ from PIL import Image
 from rqvae.diffusion import dpm_solver_pp_2m, euler, heun, renoise
 from rqvae.errors import BadInput
 from rqvae.games.maze_chase import MazeChase
-from rqvae.metrics.animations import gif_bytes
-from rqvae.metrics.reconstruction import to_uint8
 from rqvae.models.two_stage import TwoStage
 from rqvae.play.recording import Recording
 from rqvae.play.starts import Starts
 from rqvae.trainers.dream import Dream, frame_noise
+from rqvae.trainers.evaluation_trainer import finite_pictures
 
 Frame = npt.NDArray[np.uint8]
 
@@ -182,8 +181,17 @@ class Session:
             raise BadInput(f"solver: expected null or one of {', '.join(SOLVERS)}, got {name}")
         self.solver = name
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what is played now is kept."""
+        return self._records
+
     def tick(self) -> Tick:
-        """The next frame."""
+        """The next frame.
+
+        Raises:
+            RunFailed: it is not finite.
+        """
         action = self._held if self._pressed is None else self._pressed
         self._pressed = None
         sampler: Any = self.world.two_stage.stage2.sampler
@@ -193,7 +201,8 @@ class Session:
         began = time.perf_counter()
         noise = frame_noise(shape, self.seed, 0, self._count)[None].to(device)
         frame = self._dream.step(torch.tensor([self._number(action)], device=device), noise)
-        dream = to_uint8(frame)[0].permute(1, 2, 0).cpu().numpy()
+        latents = self._dream.context_bkchw[:, -1]
+        dream = finite_pictures(frame, latents, [self._count], "frame of the dream")[0].transpose(1, 2, 0)
         elapsed = 1000 * (time.perf_counter() - began)
         self._step_game(action)
         self._count += 1
@@ -211,19 +220,19 @@ class Session:
             self._game = None if terminated else self._game
             self.recordings["real"].add(action, None if terminated else self._real, reward)
 
-    def gif(self, scale: int = 8, fps: int = 10) -> bytes:
-        """The session's last frames as an animated GIF."""
-        return gif_bytes(np.stack([frame for frame, _ in self.history]), fps, scale)
+    def film(self) -> Frame:
+        """The session's last frames (T, H, W, 3), a copy."""
+        return np.stack([frame for frame, _ in self.history])
 
-    def zipped(self, what: str) -> bytes:
-        """The recording of the `dream` or of the `real` game as a zip file of a folder that `GameFrames` reads.
+    def recorded(self, what: str) -> Recording:
+        """What has been recorded of the `dream` or of the `real` game so far, a copy.
 
         Raises:
-            BadInput: another word, or nothing recorded.
+            BadInput: another word.
         """
         if what not in self.recordings:
             raise BadInput(f"recording: expected one of {', '.join(self.recordings)}, got {what}")
-        return self.recordings[what].zipped(self.world.action_names, self.seed)
+        return self.recordings[what].copy()
 
 
 def png(frame: Frame) -> bytes:

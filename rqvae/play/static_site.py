@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,17 +14,20 @@ import numpy as np
 import torch
 
 from rqvae.errors import BadInput
-from rqvae.files import write_whole
 from rqvae.models.interfaces import DataSpec
 from rqvae.models.stage2.diffusion import LatentDiffusion
 from rqvae.models.two_stage import TwoStage
 from rqvae.play.onnx_export import check_onnx, export_onnx, solver_table
 from rqvae.play.starts import Starts
 from rqvae.trainers.dream import Dream
+from rqvae.trainers.run_folder import make_folder
 
 RUNTIME = {"ort.wasm.bundle.min.mjs": "ort.js", "ort-wasm-simd-threaded.wasm": "ort.wasm"}
 """What the page needs of the npm package onnxruntime-web, its API for WebAssembly and the WebAssembly, and the names
 that they get: not every server of files knows that .mjs is JavaScript."""
+
+SOLVERS = ("euler", "renoise")
+"""What the page can solve by: both are a step x <- a x + b prediction + c noise."""
 
 STEPS = (1, 2, 4, 8)
 """Solver steps that the page offers, and the model's own."""
@@ -61,7 +67,7 @@ def write_site(
     runtime: Path,
     count: int = 16,
 ) -> None:
-    """Write the folder.
+    """Write the folder: whole, or not at all.
 
     Args:
         out: new or empty folder.
@@ -73,25 +79,22 @@ def write_site(
         count: starts that are written.
 
     Raises:
-        BadInput: a folder with files in it, a sampler with guidance, or no exporter installed.
+        BadInput: a folder with files in it, a sampler with guidance or of another solver, or no exporter installed.
         RunFailed: the files do not answer as the model does.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise BadInput(f"--static {out}: expected a new or empty folder, got one with files in it")
+    out = out.resolve()
+    check_place(out)
     stage2 = two_stage.stage2
     if not isinstance(stage2, LatentDiffusion):
         raise BadInput(f"--static: expected a LatentDiffusion such as WorldModel, got {type(stage2).__name__}")
     own = stage2.sampler
+    if (name := getattr(own.solver, "__name__", "")) not in SOLVERS:
+        raise BadInput(f"--static: expected the solver {' or '.join(SOLVERS)} (--solver), got {name}")
     tables = {
         solver: {str(steps): solver_table(stage2, solver, own, steps) for steps in sorted({*STEPS, own.steps})}
-        for solver in ("euler", "renoise")
+        for solver in SOLVERS
     }
-    out.mkdir(parents=True, exist_ok=True)
-    export_onnx(two_stage, spec, out)
-    check_onnx(two_stage, spec, out)
     latents, actions, frames = _encoded(two_stage, spec.num_actions, starts, count)
-    write_whole(out / "starts.bin", latents.astype("<f4").tobytes())
-    write_whole(out / "frames.bin", frames.tobytes())
     facts = {
         "actions": list(names),
         "latent_shape": list(two_stage.latent_shape),
@@ -99,13 +102,37 @@ def write_site(
         "history": spec.history,
         "starts": actions.tolist(),
         "solvers": tables,
+        "solver": name,
         "steps": own.steps,
     }
-    write_whole(out / "world.json", json.dumps(facts))
+    contents: dict[str, bytes] = {"starts.bin": latents.astype("<f4").tobytes(), "frames.bin": frames.tobytes()}
+    contents["world.json"] = json.dumps(facts).encode()
     for name, here in {"static.html": "index.html", "dream.js": "dream.js", "keys.js": "keys.js"}.items():
-        write_whole(out / here, files("rqvae.play").joinpath(name).read_bytes())
-    for name, here in RUNTIME.items():
-        shutil.copyfile(runtime / name, out / here)
+        contents[here] = files("rqvae.play").joinpath(name).read_bytes()
+    with _becoming(out) as folder:
+        export_onnx(two_stage, spec, folder)
+        check_onnx(two_stage, spec, folder)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        for name, here in RUNTIME.items():
+            shutil.copyfile(runtime / name, folder / here)
+
+
+def check_place(out: Path) -> None:
+    """BadInput unless a folder can be written there: a new one, or one without files."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise BadInput(f"--static {out}: expected a new or empty folder, got one with files in it")
+    make_folder(out, "--static")
+
+
+@contextmanager
+def _becoming(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once all is written; is removed where that fails."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        yield folder
+        folder.replace(out)
 
 
 def _encoded(

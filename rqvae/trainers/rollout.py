@@ -45,6 +45,10 @@ class Dreamer:
     batch_size: int = 64
     progress: Callable[[int], None] = field(default=lambda _: None)
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise BadInput(f"batch_size: expected at least 1, got {self.batch_size}")
+
     def __call__(self, context: Frames, past: npt.NDArray[np.int64], ahead: npt.NDArray[np.int64], seed: int) -> Frames:
         """Frames (N, T, H, W, 3) uint8 after `ahead` (N, T) actions; RunFailed where one is not finite.
 
