@@ -14,7 +14,7 @@ FIGURES: dict[str, list[list[str]]] = {
     "7": [
         ["play_speed", "--model", "maze-chase"],
         ["maze_chase_scores"],
-        ["world_workflows", "--cpu-seconds", "100"],
+        ["world_workflows", "--steps", "300"],
         ["ms_pacman"],
     ],
     "8": [["vae_diagnostic"], ["vae_diagnostic_pipeline"], ["vae_diagnostic_runs"]],

@@ -80,6 +80,8 @@ def _names(base: str) -> tuple[str, str]:
 
 
 def _row(words: str, value: float, ends: list[float], digits: int, *others: Any) -> str:
+    if digits > 2:  # a share or an SSIM, which are at most 1
+        ends = [max(0.0, ends[0]), min(1.0, ends[1])]
     shown = f"{value:.{digits}f} ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})"
     return f"| {words} | {shown} | " + " | ".join(f"{other}" for other in others) + " |"
 
