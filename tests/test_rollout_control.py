@@ -80,6 +80,24 @@ def test_over_all_forks_the_game_again_is_beside_the_dreams(many: Windows) -> No
     assert 0.9 < np.mean([scores["open_turns_all_rerun"] for scores in found]) < 1
 
 
+def test_where_there_is_no_fork_of_a_kind_there_is_no_score(many: Windows) -> None:
+    """A single window, in which the player is at a crossing or stands before every wall already."""
+    game = MazeChase()
+    lacking = 0
+    for n in range(len(many)):
+        one = Windows(
+            many.frames[n : n + 1], many.actions[n : n + 1], 3, many.states[n : n + 1], many.ghosts[n : n + 1]
+        )
+        kinds = {fork.kind for fork in find_forks(one, game)}
+        if "blocked" in kinds:
+            continue
+        lacking += 1
+        scores = control(Oracle(MazeChase(lives=9), one), one, game, MazeDetector(game), 0)
+        assert [scores[key] for key in ("blocked_refused", "blocked_refused_all_rerun")] == [None, None]
+        assert scores["blocked_refused_count"] == 0
+    assert lacking
+
+
 def test_the_forks_are_those_of_the_map(many: Windows) -> None:
     game = MazeChase()
     forks = find_forks(many, game)

@@ -73,8 +73,9 @@ class MazeDetector:
             raise BadInput(
                 f"frames: expected uint8 (N, {self.size}, {self.size}, 3), got {frames_nhwc.dtype} {frames_nhwc.shape}"
             )
-        tiles = frames_nhwc.reshape(-1, self.side, CELL, self.side, CELL, 3).swapaxes(2, 3)
-        tiles = tiles.reshape(len(frames_nhwc), self.side**2, -1)[:, self.cells].astype(np.float64)
+        count = len(frames_nhwc)
+        tiles = frames_nhwc.reshape(count, self.side, CELL, self.side, CELL, 3).swapaxes(2, 3)
+        tiles = tiles.reshape(count, self.side**2, 3 * CELL**2)[:, self.cells].astype(np.float64)
         # |x - t|^2 without |x|^2, which is the same for all templates
         scores = (self._templates**2).sum(1) - 2 * tiles @ self._templates.T
         nearest = scores.argmin(-1)
