@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import re
 import traceback
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from rqvae.randomness import seeded
 from rqvae.run import AnyRun, Stage1Run, Stage2Run
 from rqvae.spellings import spelled_out
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 INFERENCE_SECTIONS = ("data", "stage1", "stage1_checkpoint", "connector", "stage2")
 
@@ -70,7 +72,8 @@ class Configuration:
         """The objects on `meta`, without memory; of foreign classes that need numbers to be made, on the host."""
         try:
             return self.instantiate("meta")
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError as error:  # one of another cause comes again
+            log.info("made on the host, as meta tensors do not do for it: %s", error)
             return self.instantiate()
 
     def _whole_key(self, name: str, message: str) -> str:
